@@ -1,0 +1,58 @@
+"""lightrail: any published training or sampling method on your own model, with one flag.
+
+Nothing is imported until it is used, so that the command line answers without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightrail.catalogue import available, load
+    from lightrail.errors import LightrailError, UserError
+    from lightrail.run import Result, Run, compose
+    from lightrail.step import Closure, CombinedOptimizer, Transform, TransformedOptimizer
+    from lightrail.traits import Traits
+
+__all__ = [
+    "Closure",
+    "CombinedOptimizer",
+    "LightrailError",
+    "Result",
+    "Run",
+    "Traits",
+    "Transform",
+    "TransformedOptimizer",
+    "UserError",
+    "available",
+    "compose",
+    "load",
+]
+
+_HOMES = {
+    "Closure": "lightrail.step",
+    "CombinedOptimizer": "lightrail.step",
+    "LightrailError": "lightrail.errors",
+    "Result": "lightrail.run",
+    "Run": "lightrail.run",
+    "Traits": "lightrail.traits",
+    "Transform": "lightrail.step",
+    "TransformedOptimizer": "lightrail.step",
+    "UserError": "lightrail.errors",
+    "available": "lightrail.catalogue",
+    "compose": "lightrail.run",
+    "load": "lightrail.catalogue",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lightrail' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

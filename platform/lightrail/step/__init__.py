@@ -1,0 +1,6 @@
+"""The step: the closure that methods ask, gradient transforms, and the loops that drive them under Lightning."""
+
+from lightrail.step.closure import Closure
+from lightrail.step.transform import CombinedOptimizer, Transform, TransformedOptimizer
+
+__all__ = ["Closure", "CombinedOptimizer", "Transform", "TransformedOptimizer"]

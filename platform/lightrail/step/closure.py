@@ -1,0 +1,446 @@
+"""The closure that methods receive when they need more than one gradient.
+
+It is torch's own closure (call it: the loss, and fresh gradients in ``.grad``) with more questions to ask. Each answer
+is exact over the whole accumulation window and averaged over ranks; it replays the dropout masks of the window, moves
+BatchNorm statistics once a step, and logs once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from lightrail.errors import ClosureError
+from lightrail.step.randomness import RandomState
+from lightrail.step.running_statistics import Statistics
+
+__all__ = ["Closure", "GradientOnly"]
+
+LossFn = Callable[..., Tensor]
+
+
+class Closure:
+    """What a loss function answers about itself at and around the current parameters.
+
+    Args:
+        loss_fn: ``loss_fn(batch)``, or ``loss_fn()`` where no batches are given: a scalar, the mean over the batch.
+        params: The parameters that are being optimized, in the order of the optimizer's groups.
+        batches: The micro-batches of one accumulation window; the loss of the window is the mean of theirs.
+        module: The module whose BatchNorm statistics and metrics must move once a step, however many evaluations a
+            method spends; ``None`` where there are none.
+        sampled_loss_fn: ``sampled_loss_fn(batch, generator)`` (``(generator)`` without batches): the mean loss with
+            labels drawn from the model's own predictive distribution. Needed by :meth:`sampled`.
+        objectives_fn: ``objectives_fn(batch)``: the task's losses, a sequence, a mapping or a 1-d tensor. Needed by
+            :meth:`jacobian`.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> closure = Closure(lambda: (w ** 2).sum(), [w])
+        >>> closure().item(), w.grad.tolist()
+        (5.0, [2.0, 4.0])
+        >>> with closure.at([torch.zeros(2)]):
+        ...     closure.loss().item()
+        0.0
+        >>> closure.hvp([torch.tensor([1.0, 0.0])])[0].tolist()
+        [2.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        params: Sequence[Tensor],
+        *batches: Any,
+        module: nn.Module | None = None,
+        sampled_loss_fn: LossFn | None = None,
+        objectives_fn: Callable[..., Any] | None = None,
+    ) -> None:
+        self.params: list[Tensor] = list(params)
+        self.evaluations = 0
+        self._loss_fn = loss_fn
+        self._sampled_loss_fn = sampled_loss_fn
+        self._objectives_fn = objectives_fn
+        self._batches: list[tuple[Any, ...]] = [(batch,) for batch in batches] or [()]
+        self._divisor = len(self._batches)
+        self._statistics = Statistics(module)
+        self._states: list[RandomState | None] = [None] * len(self._batches)
+        self._has_run = False
+
+    # What a loop of its own overrides: how it evaluates a micro-batch, what it silences, how its ranks agree.
+
+    def _evaluate(self, fn: LossFn, batch: tuple[Any, ...], index: int) -> Tensor:
+        """The loss ``fn`` of one micro-batch."""
+        return fn(*batch)
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Averages over ranks, in place."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world_size = torch.distributed.get_world_size()
+            if world_size > 1:
+                for tensor in tensors:
+                    torch.distributed.all_reduce(tensor)
+                    tensor.div_(world_size)
+
+    def _run_first(self) -> Tensor:
+        """The one evaluation of a step that moves statistics, logs and counts; leaves its gradient in ``.grad``."""
+        for p in self.params:
+            p.grad = None
+        losses = []
+        for index, batch in enumerate(self._batches):
+            self._states[index] = RandomState.capture()
+            loss = self._evaluate(self._loss_fn, batch, index) / self._divisor
+            if loss.requires_grad:
+                loss.backward(inputs=[p for p in self.params if p.requires_grad])
+            losses.append(loss.detach())
+        self._average([p.grad for p in self.params if p.grad is not None])
+        return self._mean_over_ranks(losses)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """An extra evaluation: what it moves, other than what the method asked for, is put back."""
+        outside = RandomState.capture()
+        try:
+            with self._statistics.frozen():
+                yield
+        finally:
+            outside.restore()
+
+    # The questions.
+
+    @torch.enable_grad()
+    def __call__(self) -> Tensor:
+        """The loss at the current parameters, with its fresh gradient in ``.grad``.
+
+        Returns:
+            The mean loss over the window and over ranks: a 0-d tensor without a graph.
+        """
+        self.evaluations += 1
+        if not self._has_run:
+            self._has_run = True
+            return self._run_first()
+        loss, gradients = self._gradient_of(self._loss_fn)
+        for p, gradient in zip(self.params, gradients, strict=True):
+            p.grad = gradient
+        return loss
+
+    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradient as new tensors; ``.grad`` stays as it was.
+
+        Returns:
+            The loss, and one tensor a parameter (zeros where the loss does not depend on it).
+        """
+        kept = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        try:
+            loss = self()
+            found = [p.grad for p in self.params]
+        finally:
+            for p, gradient in zip(self.params, kept, strict=True):
+                p.grad = gradient
+        return loss, self._filled(found)
+
+    @torch.no_grad()
+    def loss(self) -> Tensor:
+        """The loss at the current parameters, without gradients: a 0-d tensor."""
+        self.evaluations += 1
+        with self._aside():
+            losses = [
+                self._replay(self._loss_fn, batch, index) / self._divisor for index, batch in enumerate(self._batches)
+            ]
+        return self._mean_over_ranks(losses)
+
+    @torch.enable_grad()
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The Hessian of the loss times a vector, by differentiating twice.
+
+        Args:
+            vectors: One tensor a parameter, in its shape.
+
+        Returns:
+            One tensor a parameter.
+
+        Raises:
+            ClosureError: The loss cannot be differentiated twice.
+        """
+        self.evaluations += 1
+        total: list[Tensor] = [torch.zeros_like(p) for p in self.params]
+        where = [i for i, p in enumerate(self.params) if p.requires_grad]
+        params = [self.params[i] for i in where]
+        # The fused attention kernels have no second derivative; the plain one does.
+        with self._aside(), sdpa_kernel(SDPBackend.MATH):
+            for index, batch in enumerate(self._batches):
+                loss = self._replay(self._loss_fn, batch, index) / self._divisor
+                gradients = torch.autograd.grad(
+                    loss, params, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                try:
+                    products = torch.autograd.grad(
+                        gradients,
+                        params,
+                        grad_outputs=[vectors[i].to(p.dtype) for i, p in zip(where, params, strict=True)],
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                except RuntimeError as error:
+                    if "does not require grad" in str(error):  # a loss that is linear in its parameters
+                        continue
+                    raise ClosureError(
+                        "the loss cannot be differentiated twice",
+                        found=str(error).splitlines()[0],
+                        allowed="a model made of operations that have a second derivative",
+                        remedy="Choose a method that needs no second derivatives, or another layer in the model.",
+                    ) from error
+                for i, product in zip(where, products, strict=True):
+                    total[i].add_(product.detach())
+        self._average(total)
+        return total
+
+    @torch.enable_grad()
+    def sampled(self) -> list[Tensor]:
+        """The gradient with labels drawn from the model's own predictive distribution (Gauss-Newton-Bartlett).
+
+        Dropout masks are those of the window; labels are drawn anew at every call.
+
+        Returns:
+            One tensor a parameter; ``.grad`` stays as it was.
+
+        Raises:
+            ClosureError: The task offers no ``sampled_loss``.
+        """
+        sampled_loss_fn = self._required(self._sampled_loss_fn, "sampled_loss", "sampled_loss(batch, generator)")
+        self.evaluations += 1
+        generator = torch.Generator(self.params[0].device)
+        # One draw from the global generator: labels differ from step to step, and an exact resume repeats them.
+        generator.manual_seed(int(torch.randint(2**62, (), dtype=torch.int64)) + self._rank)
+        _, gradients = self._gradient_of(lambda *batch: sampled_loss_fn(*batch, generator))
+        return self._filled(gradients)
+
+    @torch.enable_grad()
+    def groups(self, count: int) -> list[list[Tensor]]:
+        """The gradients of ``count`` disjoint parts of the batch.
+
+        Part j is the j-th of ``count`` slices along the leading axis, over all micro-batches and ranks.
+
+        Args:
+            count: How many parts, between 1 and the size of the smallest micro-batch.
+
+        Returns:
+            ``count`` lists of one tensor a parameter.
+
+        Raises:
+            ClosureError: No batch was given, or one is smaller than ``count``.
+        """
+        self.evaluations += 1
+        parts = [self._split(batch, count) for batch in self._batches]
+        found = []
+        for part in range(count):
+            _, gradients = self._gradient_of(
+                self._loss_fn, [parts[index][part] for index in range(len(self._batches))]
+            )
+            found.append(self._filled(gradients))
+        return found
+
+    @torch.enable_grad()
+    def jacobian(self) -> list[list[Tensor]]:
+        """One gradient an objective, for tasks with several losses.
+
+        Returns:
+            A list, an objective, of one tensor a parameter.
+
+        Raises:
+            ClosureError: The task offers no ``objectives``.
+        """
+        objectives_fn = self._required(self._objectives_fn, "objectives", "objectives(batch)")
+        self.evaluations += 1
+        rows: list[list[Tensor]] = []
+        params = [p for p in self.params if p.requires_grad]
+        with self._aside():
+            for index, batch in enumerate(self._batches):
+                values = _as_scalars(self._replay(objectives_fn, batch, index))
+                for row, value in enumerate(values):
+                    gradients = iter(
+                        torch.autograd.grad(
+                            value / self._divisor,
+                            params,
+                            retain_graph=row + 1 < len(values),
+                            allow_unused=True,
+                            materialize_grads=True,
+                        )
+                    )
+                    full = [next(gradients) if p.requires_grad else torch.zeros_like(p) for p in self.params]
+                    if index == 0:
+                        rows.append(full)
+                    else:
+                        torch._foreach_add_(rows[row], full)
+        for row in rows:
+            self._average(row)
+        return rows
+
+    @contextmanager
+    def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
+        """Inside, every question is answered at ``points``; on the way out the parameters are back, bit for bit.
+
+        Args:
+            points: One tensor a parameter, in its shape.
+        """
+        with torch.no_grad():
+            origin = [p.detach().clone() for p in self.params]
+            torch._foreach_copy_(self.params, list(points))
+        try:
+            yield self
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, origin)
+
+    # How they are answered.
+
+    @property
+    def _rank(self) -> int:
+        distributed = torch.distributed
+        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+    def _required(self, fn: Callable[..., Any] | None, name: str, signature: str) -> Callable[..., Any]:
+        if fn is None:
+            raise ClosureError(
+                f"the method needs '{name}', which this task or loop does not offer",
+                found="a loss alone",
+                allowed=f"a task with a method {signature}",
+                remedy=f"Add {signature} to the task, or pass it to lightrail.Closure; or choose another method.",
+            )
+        return fn
+
+    def _replay(self, fn: Callable[..., Any], batch: tuple[Any, ...], index: int) -> Any:
+        """Evaluates one micro-batch with the random state that its first evaluation had."""
+        state = self._states[index]
+        if state is None:
+            self._states[index] = RandomState.capture()
+        else:
+            state.restore()
+        return self._evaluate(fn, batch, index)
+
+    def _gradient_of(
+        self, fn: LossFn, batches: Sequence[tuple[Any, ...]] | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and gradient of ``fn`` over the window, through ``.grad`` and back.
+
+        ``backward`` rather than ``autograd.grad``: it gives gradients in the layout of their parameters, and it is
+        what the first evaluation used, so that the two are equal bit for bit.
+        """
+        kept = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        losses = []
+        try:
+            with self._aside():
+                for index, batch in enumerate(batches or self._batches):
+                    loss = self._replay(fn, batch, index) / self._divisor
+                    if loss.requires_grad:
+                        loss.backward(inputs=[p for p in self.params if p.requires_grad])
+                    losses.append(loss.detach())
+            found = [p.grad for p in self.params]
+        finally:
+            for p, gradient in zip(self.params, kept, strict=True):
+                p.grad = gradient
+        self._average([gradient for gradient in found if gradient is not None])
+        return self._mean_over_ranks(losses), found
+
+    def _mean_over_ranks(self, losses: list[Tensor]) -> Tensor:
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        self._average([total])
+        return total
+
+    def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
+
+    def _split(self, batch: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
+        leaves, structure = pytree.tree_flatten(batch)
+        size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+        if size is None or size < count:
+            raise ClosureError(
+                f"the batch cannot be divided into {count} parts",
+                found="no batch" if size is None else f"a micro-batch of {size}",
+                allowed=f"at least {count} samples in every micro-batch",
+                remedy="Raise data.batch_size, or ask the method for fewer groups."
+                if size is not None
+                else "Pass the batch to lightrail.Closure rather than closing over it.",
+            )
+        slices = [
+            torch.tensor_split(leaf, count) if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+            else [leaf] * count
+            for leaf in leaves
+        ]
+        return [pytree.tree_unflatten([s[part] for s in slices], structure) for part in range(count)]
+
+
+def _as_scalars(objectives: Any) -> list[Tensor]:
+    if isinstance(objectives, Mapping):
+        return list(objectives.values())
+    if isinstance(objectives, Tensor):
+        return list(objectives.unbind())
+    return list(objectives)
+
+
+class GradientOnly(Closure):
+    """torch's own closure, or none at all: one gradient, and a refusal by name of anything more.
+
+    Args:
+        closure: torch's closure; ``None`` where the gradient already stands in ``.grad``.
+        params: The parameters that are being optimized.
+        reason: Why there is no more to ask, for the error.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any] | None,
+        params: Sequence[Tensor],
+        reason: str = "the loop hands over torch's own closure",
+    ) -> None:
+        super().__init__(lambda: torch.zeros(()), params)
+        self._closure = closure
+        self._reason = reason
+        self._loss: Any = None
+
+    @torch.enable_grad()
+    def __call__(self) -> Any:
+        if self._closure is None:
+            if self.evaluations:
+                self._refuse()
+        else:
+            self._loss = self._closure()
+        self.evaluations += 1
+        return self._loss
+
+    def _refuse(self) -> Any:
+        raise ClosureError(
+            "the method evaluates the loss again, and this loop gives it one gradient only",
+            found=self._reason,
+            allowed="a lightrail.Closure",
+            remedy="Pass optimizer.step(lightrail.Closure(loss_fn, params)) in a loop of your own; "
+            "under `train` this closure is built for you at any precision but 16-mixed.",
+        )
+
+    def loss(self) -> Tensor:
+        return self._refuse()
+
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._refuse()
+
+    def sampled(self) -> list[Tensor]:
+        return self._refuse()
+
+    def groups(self, count: int) -> list[list[Tensor]]:
+        return self._refuse()
+
+    def jacobian(self) -> list[list[Tensor]]:
+        return self._refuse()
+
+    @contextmanager
+    def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
+        self._refuse()
+        yield self

@@ -1,0 +1,1 @@
+"""The pytest plugin; it does nothing until asked with ``--lightrail-plugins``."""

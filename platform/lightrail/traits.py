@@ -1,0 +1,87 @@
+"""What a plugin says of itself, so that a composition can be checked before anything is spent.
+
+A plugin declares its traits as a class attribute (or function attribute) named ``traits``; one without is taken to
+need nothing. Suites, the resolver and the listing branch on traits only, never on names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Traits", "traits_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """The card of one plugin.
+
+    Args:
+        rule: The method in one line of mathematics.
+        paper: Where it is from: authors, year, title, with an arXiv id or a DOI.
+        state: Extra memory kept for each parameter, in copies of the parameters (AdamW: 2).
+        extra_evaluations: Forward-backward passes a step beyond the first, averaged over steps.
+        needs_closure: Calls the closure itself, more than once or at other points.
+        needs_second_derivatives: Calls ``closure.hvp``.
+        needs_sampled_loss: Calls ``closure.sampled``; the task must offer ``sampled_loss``.
+        needs_groups: Calls ``closure.groups``; the batch must be divisible.
+        needs_objectives: Calls ``closure.jacobian``; the task must offer ``objectives``.
+        needs_per_sample_gradients: Needs one gradient a sample.
+        needs_parameter_names: Is built from ``(name, parameter)`` pairs in place of bare parameters.
+        needs_whole_matrices: Keeps matrix-shaped state that sharding would break.
+        sets_step_size: Chooses its own learning rate, so that a schedule would fight it.
+        has_evaluation_point: Trains and evaluates at different parameters; offers ``eval()`` and ``train()``.
+        is_stochastic: Draws random numbers of its own.
+        order: Convergence order of a solver.
+        example: Options under which the conformance suites build and run it.
+        exceptions: Conformance checks that it does not pass, each with the reason.
+        verified: What of its paper's claims was measured here, one sentence each.
+    """
+
+    rule: str = ""
+    paper: str = ""
+    state: float | None = None
+    extra_evaluations: float = 0.0
+    needs_closure: bool = False
+    needs_second_derivatives: bool = False
+    needs_sampled_loss: bool = False
+    needs_groups: bool = False
+    needs_objectives: bool = False
+    needs_per_sample_gradients: bool = False
+    needs_parameter_names: bool = False
+    needs_whole_matrices: bool = False
+    sets_step_size: bool = False
+    has_evaluation_point: bool = False
+    is_stochastic: bool = False
+    order: int | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    verified: tuple[str, ...] = ()
+
+    @property
+    def evaluates_again(self) -> bool:
+        """Whether the method asks its closure for more than the loss and gradient at the current point."""
+        return (
+            self.needs_closure
+            or self.needs_second_derivatives
+            or self.needs_sampled_loss
+            or self.needs_groups
+            or self.needs_objectives
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The traits that differ from the default, as plain values."""
+        default = Traits()
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != getattr(default, f.name)
+        }
+
+
+def traits_of(plugin: object) -> Traits:
+    """The traits that a plugin declares; those of a plain method where it declares none."""
+    declared = getattr(plugin, "traits", None)
+    return declared if isinstance(declared, Traits) else Traits()

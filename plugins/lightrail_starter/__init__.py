@@ -1,0 +1,1 @@
+"""The embedded data, small models and basic tasks that a first run needs."""
