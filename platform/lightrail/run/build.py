@@ -1,0 +1,269 @@
+"""From a composition that fits together to the objects of a run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import LightningDataModule, LightningModule
+from omegaconf import OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightrail.configuration import Chosen, Composition, check_trainer_options
+from lightrail.errors import CompositionError, ConfigurationError, UserError
+from lightrail.run.resolve import Resolved, resolve
+from lightrail.run.resume import Resumed
+from lightrail.run.run import Run
+from lightrail.traits import traits_of
+
+__all__ = ["build"]
+
+
+def build(composition: Composition, resumed: Resumed | None = None) -> Run:
+    """Makes the objects that a composition names.
+
+    Args:
+        composition: What the configuration composed.
+        resumed: The run that it continues, if any.
+
+    Raises:
+        UserError: Something that was chosen cannot be made or cannot work with the rest.
+    """
+    resolved = resolve(composition)
+    config = composition.config
+    check_trainer_options(config.trainer)
+    # Before the first weight is drawn.
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = _make_one(resolved, "data", {})
+    sizes = dict(data.dimensions()) if data is not None and hasattr(data, "dimensions") else {}
+    notes = list(resolved.notes)
+    task = _make_task(resolved, sizes, notes)
+    if data is not None and not isinstance(data, LightningDataModule):
+        raise _wrong_class("data", type(data), "a LightningDataModule")
+    optimizer, schedule = _factories(resolved, task, notes)
+    run = Run(
+        composition=composition,
+        task=task,
+        data=data,
+        optimizer=optimizer,
+        schedule=schedule,
+        transforms=[make(resolved, each) for each in resolved.chosen.get("transform", ())],
+        callbacks=[make(resolved, each) for each in resolved.chosen.get("callback", ())],
+        metrics={each.name: make(resolved, each, sizes) for each in resolved.chosen.get("metric", ())},
+        loggers=[_logger_factory(resolved, each) for each in resolved.chosen.get("logger", ())],
+        method_traits=tuple(
+            traits_of(resolved.object(each))
+            for kind in ("optimizer", "transform")
+            for each in resolved.chosen.get(kind, ())
+        ),
+        trainer=OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[arg-type]
+        resumed=resumed,
+        notes=notes,
+    )
+    for kind in ("privacy", "federated"):
+        wrapper = resolved.one(kind)
+        if wrapper is not None:
+            run = make(resolved, wrapper).wrap(run)
+    return run
+
+
+def make(resolved: Resolved, chosen: Chosen, supplied: Mapping[str, Any] | None = None) -> Any:
+    """Makes one plugin with its options.
+
+    Args:
+        resolved: The composition that it belongs to.
+        chosen: The plugin.
+        supplied: Values for parameters that the user left open, by name.
+
+    Raises:
+        ConfigurationError: The plugin does not accept its options.
+    """
+    target = resolved.object(chosen)
+    return call(target, chosen, options_of(target, chosen, supplied or {}))
+
+
+def options_of(target: Any, chosen: Chosen, supplied: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for a plugin: what was configured, and what the platform knows where the user said nothing."""
+    options = _plain(chosen.options)
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return options
+    for name, parameter in parameters.items():
+        if name in supplied and options.get(name) is None:
+            options[name] = supplied[name]
+        elif isinstance(parameter.default, tuple) and isinstance(options.get(name), list):
+            # YAML has no tuples.
+            options[name] = tuple(options[name])
+    return options
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    node = OmegaConf.create(dict(options))
+    plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    if not _names_target(plain):
+        return plain
+    from hydra.utils import instantiate
+
+    return {
+        key: instantiate(value, _convert_="all") if _names_target(value) else value for key, value in plain.items()
+    }
+
+
+def _names_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_names_target, value.values()))
+    return isinstance(value, list) and any(map(_names_target, value))
+
+
+def call(target: Callable[..., Any], chosen: Chosen, options: Mapping[str, Any], *args: Any) -> Any:
+    """Calls a plugin's class or function; what it says against its options becomes a four-part error."""
+    try:
+        return target(*args, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        # A TypeError from deep inside is the plugin's own fault, and its traceback belongs to its author.
+        if isinstance(error, TypeError) and not _is_about_the_call(error):
+            raise
+        raise ConfigurationError(
+            f"{chosen.kind} '{chosen.name}' does not accept its options",
+            found=", ".join(f"{chosen.path}.{k}={v!r}" for k, v in options.items() if _is_simple(v)) or "none",
+            allowed=str(error),
+            remedy=f"See `lightrail plugins {chosen.name}` for its options and their ranges.",
+        ) from error
+
+
+def _is_about_the_call(error: TypeError) -> bool:
+    traceback = error.__traceback__
+    depth = 0
+    while traceback is not None:
+        traceback, depth = traceback.tb_next, depth + 1
+    return depth <= 2
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | list | tuple | type(None))
+
+
+def _wrong_class(kind: str, found: type, wanted: str) -> CompositionError:
+    return CompositionError(
+        f"what was chosen as {kind} is not {wanted}",
+        found=f"{found.__module__}.{found.__qualname__}",
+        allowed=wanted,
+        remedy=f"Choose another with {kind}=NAME, or {kind}._target_=your.Class.",
+    )
+
+
+def _make_one(resolved: Resolved, kind: str, sizes: Mapping[str, Any]) -> Any:
+    chosen = resolved.one(kind)
+    return None if chosen is None else make(resolved, chosen, sizes)
+
+
+def _make_task(resolved: Resolved, sizes: Mapping[str, Any], notes: list[str]) -> LightningModule:
+    chosen = resolved.one("task")
+    assert chosen is not None
+    target = resolved.object(chosen)
+    parameters = inspect.signature(target).parameters
+    supplied = dict(sizes)
+    model = resolved.one("model")
+    if "model" in parameters and "model" not in chosen.options:
+        if model is not None:
+            supplied["model"] = _make_one(resolved, "model", sizes)
+    elif model is not None and model.explicit:
+        raise CompositionError(
+            f"task '{chosen.name}' takes no model",
+            found=f"model={model.name}",
+            allowed="a task whose constructor has a parameter 'model'",
+            remedy=f"Leave model out, or add a parameter 'model' to {chosen.target}.",
+        )
+    task = call(target, chosen, options_of(target, chosen, supplied))
+    if not isinstance(task, LightningModule):
+        raise _wrong_class("task", type(task), "a LightningModule")
+    return task
+
+
+Factory = Callable[[LightningModule], Optimizer]
+ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+
+
+def _factories(
+    resolved: Resolved, task: LightningModule, notes: list[str]
+) -> tuple[Factory | None, ScheduleFactory | None]:
+    """How the optimizer and the schedule will be made; ``None`` for what the task does itself."""
+    optimizer, schedule = resolved.one("optimizer"), resolved.one("schedule")
+    methods = [*resolved.chosen.get("optimizer", ()), *resolved.chosen.get("transform", ())]
+    has_own = type(task).configure_optimizers is not LightningModule.configure_optimizers
+    if has_own and not any(each.explicit for each in methods) and not (schedule and schedule.explicit):
+        notes.append("optimizer: the task's own configure_optimizers; choose one with +optimizer=NAME")
+        return None, None
+    if optimizer is None:
+        raise CompositionError(
+            "the run has no optimizer",
+            found="optimizer=null",
+            allowed="an optimizer, or a task with configure_optimizers",
+            remedy="Choose one with optimizer=NAME.",
+        )
+    if not task.automatic_optimization:
+        raise CompositionError(
+            f"task '{resolved.chosen['task'][0].name}' steps its optimizers itself",
+            found=f"automatic_optimization=False, with optimizer={optimizer.name}",
+            allowed="automatic optimization, or the task's own configure_optimizers",
+            remedy="Leave optimizer, transform and schedule out, or let the task use automatic optimization.",
+        )
+    make_optimizer = _optimizer_factory(resolved, optimizer)
+    # Its options are tried before anything is spent, on a parameter of its own.
+    make_optimizer(_Probe())
+    if schedule is None:
+        return make_optimizer, None
+    target = resolved.object(schedule)
+    options = options_of(target, schedule, {})
+    return make_optimizer, lambda opt, total_steps: call(target, schedule, options, opt, total_steps)
+
+
+class _Probe(LightningModule):
+    """The smallest module that an optimizer can be built for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+def _optimizer_factory(resolved: Resolved, chosen: Chosen) -> Factory:
+    target = resolved.object(chosen)
+    options = options_of(target, chosen, {})
+    named = traits_of(target).needs_parameter_names
+
+    def make_optimizer(task: LightningModule) -> Optimizer:
+        optimizer = call(target, chosen, options, parameters_of(task, named=named))
+        if not isinstance(optimizer, Optimizer):
+            raise _wrong_class("optimizer", type(optimizer), "a torch.optim.Optimizer")
+        return optimizer
+
+    return make_optimizer
+
+
+def parameters_of(task: LightningModule, *, named: bool) -> list[Any]:
+    """What an optimizer is built from: the task's own groups where it names some, else all that can be trained.
+
+    Args:
+        task: A task; its optional method ``parameter_groups()`` gives torch's list of group dictionaries.
+        named: Whether pairs of name and parameter are wanted.
+    """
+    groups = getattr(task, "parameter_groups", None)
+    names = {id(p): name for name, p in task.named_parameters()}
+    if callable(groups):
+        found: list[dict[str, Any]] = [dict(group) for group in groups()]  # type: ignore[union-attr]
+        for group in found:
+            params = [p for p in group["params"] if p.requires_grad]
+            group["params"] = [(names[id(p)], p) for p in params] if named else params
+        return found
+    return [(n, p) if named else p for n, p in task.named_parameters() if p.requires_grad]
+
+
+def _logger_factory(resolved: Resolved, chosen: Chosen) -> Callable[[str], Any]:
+    return lambda folder: make(resolved, chosen, {"folder": folder})

@@ -1,0 +1,299 @@
+"""Executing a run: the folder, the trainer with our loops, fit, test, report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import OmegaConf
+
+from lightrail.configuration import fingerprint
+from lightrail.errors import CompositionError, Interrupted, UserError
+from lightrail.run.added_metrics import AddedMetrics
+from lightrail.run.checkpoint import AtomicCheckpointIO, load_checkpoint
+from lightrail.run.folder import FOLDER_VARIABLE, RunFolder, folder_from_environment
+from lightrail.run.interruption import Interruption, StoppedAtOnce
+from lightrail.run.lock import check_lock, lock_of
+from lightrail.run.loops import install_loops
+from lightrail.run.observation import Observation, checkpoint_path
+from lightrail.run.run import Result, Run
+from lightrail.step.transform import TransformedOptimizer
+
+__all__ = ["execute"]
+
+# Keys of the trainer group that Lightning's Trainer knows by another name or not at all.
+_RENAMED = {"accumulate": "accumulate_grad_batches"}
+_OWN = ("checkpoint_every",)
+
+
+def execute(run: Run, *, show_progress: bool) -> Result:
+    """See :meth:`lightrail.Run.execute`."""
+    began = time.monotonic()
+    lock = lock_of(run.composition)
+    notes = list(run.notes)
+    if run.resumed is not None:
+        accept = bool(run.composition.config.run.accept_changes)
+        notes += check_lock(run.resumed.lock, lock, accept_changes=accept)
+    folder = _open_folder(run, lock)
+    interruption = Interruption()
+    observation = Observation(
+        folder,
+        lock,
+        interruption,
+        every=run.trainer.get("checkpoint_every"),
+        skips_non_finite=run.composition.config.run.on_nan == "skip",
+        shows_progress=show_progress,
+    )
+    with _quiet_lightning():
+        trainer = _make_trainer(run, folder, observation)
+        _attach_optimizer(run, trainer)
+        record = _Record(run, trainer, observation, began, notes)
+        try:
+            with interruption.listening():
+                _fit(run, trainer, observation)
+                _test(run, trainer, observation)
+        except BaseException as error:
+            record.write("stopped" if isinstance(error, Interrupted | StoppedAtOnce) else "failed")
+            raise
+        record.write("finished")
+    return record.result()
+
+
+def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
+    config = run.composition.config
+    inherited = folder_from_environment()
+    if inherited is not None:
+        return inherited
+    if run.resumed is not None:
+        folder = run.resumed.folder
+    elif _get_rank():
+        # Another program started this rank; the first one says at set-up where the folder is.
+        return RunFolder(Path(config.run.root))
+    else:
+        title = "_".join(
+            each.name.rpartition(".")[2].replace(":", "-")
+            for kind in ("data", "model", "optimizer")
+            for each in run.composition.chosen
+            if each.kind == kind
+        )
+        folder = RunFolder.create(Path(config.run.root), config.run.name, title)
+    if not _get_rank():
+        os.environ[FOLDER_VARIABLE] = str(folder.path)
+        folder.write_text(folder.config, OmegaConf.to_yaml(config, resolve=True))
+        folder.write_json(folder.lock, lock)
+    return folder
+
+
+def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trainer:
+    arguments = {_RENAMED.get(key, key): value for key, value in run.trainer.items() if key not in _OWN}
+    skips = run.composition.config.run.on_nan == "skip"
+    callbacks: list[Callback] = [_Agreement(run, observation), observation]
+    if run.metrics:
+        callbacks.insert(0, AddedMetrics(run.metrics))
+    with _as_user_errors():
+        trainer = Trainer(
+            logger=[make(str(folder.path)) for make in run.loggers],
+            callbacks=[*run.callbacks, *callbacks],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(folder.path),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **arguments,
+        )
+    # One owner of the signals.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    loop = install_loops(trainer, window=_needs_window(run, trainer), skips_non_finite=skips)
+    observation.attach(trainer, loop)
+    return trainer
+
+
+def _needs_window(run: Run, trainer: Trainer) -> bool:
+    """Whether the step needs more than Lightning's automatic path, which plain methods keep untouched."""
+    if run.optimizer is None or trainer.precision == "16-mixed":
+        return False
+    asks = any(traits.evaluates_again for traits in run.method_traits)
+    return asks or bool(run.transforms) or run.composition.config.run.on_nan == "skip"
+
+
+def _attach_optimizer(run: Run, trainer: Trainer) -> None:
+    """Takes over ``configure_optimizers``, on any LightningModule."""
+    make_optimizer = run.optimizer
+    if make_optimizer is None:
+        return
+    wraps = _needs_window(run, trainer) or bool(run.transforms)
+
+    def configure_optimizers() -> Any:
+        optimizer = make_optimizer(run.task)
+        if wraps:
+            optimizer = TransformedOptimizer(optimizer, run.transforms)
+        if run.schedule is None:
+            return optimizer
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise CompositionError(
+                "the schedule has no horizon",
+                found=f"trainer.max_epochs={trainer.max_epochs} trainer.max_steps={trainer.max_steps}",
+                allowed="a number of steps or epochs",
+                remedy="Set trainer.max_steps or trainer.max_epochs, or use schedule=null.",
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": run.schedule(optimizer, int(total)), "interval": "step"},
+        }
+
+    run.task.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+
+
+def _fit(run: Run, trainer: Trainer, observation: Observation) -> None:
+    checkpoint = run.resumed.checkpoint if run.resumed is not None else None
+    if checkpoint is not None:
+        observation.steps = int(load_checkpoint(checkpoint)["lightrail"]["steps"])
+    with _as_user_errors():
+        trainer.fit(run.task, datamodule=run.data, ckpt_path=None if checkpoint is None else str(checkpoint))
+
+
+def _test(run: Run, trainer: Trainer, observation: Observation) -> None:
+    """Tests the weights that the best checkpoint holds."""
+    has_loader = is_overridden("test_dataloader", run.data if run.data is not None else run.task)
+    if not has_loader or not is_overridden("test_step", run.task):
+        return
+    path = checkpoint_path(observation.folder)
+    if path is not None:
+        run.task.load_state_dict(load_checkpoint(path)["state_dict"])
+    trainer.test(run.task, datamodule=run.data, verbose=False)
+
+
+class _Agreement(Callback):
+    """At set-up, every rank learns the first one's folder and proves that it composed the same configuration."""
+
+    def __init__(self, run: Run, observation: Observation) -> None:
+        self._fingerprint = fingerprint(run.composition.config)
+        self._observation = observation
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        path = trainer.strategy.broadcast(str(self._observation.folder.path))
+        self._observation.folder = RunFolder(Path(path))
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, self._fingerprint)
+        if len(set(found)) > 1:
+            odd = [rank for rank, each in enumerate(found) if each != found[0]]
+            raise CompositionError(
+                "the ranks composed different configurations",
+                found=f"ranks {odd} differ from rank 0",
+                allowed="one configuration on all ranks",
+                remedy="Remove what differs between processes: times, random or environment resolvers, local files.",
+            )
+
+
+class _Record:
+    """What is written about a run when it ends, however it ends."""
+
+    def __init__(self, run: Run, trainer: Trainer, observation: Observation, began: float, notes: list[str]) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._observation = observation
+        self._began = began
+        self._notes = notes
+        self._summary: dict[str, Any] = {}
+
+    def write(self, status: str) -> None:
+        """Writes ``summary.json`` and, where it can be drawn, ``report.html``."""
+        if not self._trainer.is_global_zero:
+            return
+        folder, best = self._observation.folder, self._observation.best
+        metrics = {**self._observation.training.last, **self._seen()}
+        self._summary = {
+            "name": folder.path.name,
+            "status": status,
+            "metrics": metrics,
+            "wall_time": round(time.monotonic() - self._began, 3),
+            "steps": self._observation.steps,
+            "epochs": self._trainer.current_epoch,
+            "parameters": sum(p.numel() for p in self._run.task.parameters()),
+            "device": str(self._trainer.strategy.root_device),
+            "checkpoint": str(folder.last) if folder.last.is_file() else None,
+            "best_checkpoint": str(folder.best) if folder.best.is_file() else None,
+            "monitor": None
+            if best is None
+            else {"name": best["name"], "mode": best["mode"], "best": best["value"], "step": best["step"]},
+            "resumed_from": str(self._run.resumed.checkpoint) if self._run.resumed else None,
+            "notes": self._notes,
+        }
+        # A run that failed has said why; a second error on the way out would hide it.
+        with contextlib.suppress(UserError) if status != "finished" else contextlib.nullcontext():
+            folder.write_json(folder.summary, self._summary)
+            self._write_report(status)
+
+    def _write_report(self, status: str) -> None:
+        from lightrail.report import write_report
+
+        figures = getattr(self._run.task, "figures", None)
+        drawn = figures() if callable(figures) and status == "finished" else {}
+        write_report(self._observation.folder.path, figures=drawn)
+
+    def _seen(self) -> dict[str, float]:
+        return {**self._observation.evaluated, **_floats(self._trainer.callback_metrics)}
+
+    def result(self) -> Result:
+        folder = self._observation.folder
+        return Result(
+            metrics=self._summary.get("metrics", {}),
+            folder=folder.path,
+            checkpoint=checkpoint_path(folder),
+            last_checkpoint=folder.last if folder.last.is_file() else None,
+            summary=self._summary,
+        )
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+@contextlib.contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """What Lightning says against the user's configuration, in four parts."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise CompositionError(
+            "Lightning refuses this run",
+            found=str(error).strip().splitlines()[0],
+            allowed="what Lightning's Trainer and the task's hooks agree on",
+            remedy="Change the trainer.* option or the hook that it names.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's advice about itself is not about the user's run."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,57 @@
+"""Signals: the first one asks for a stop at the next batch boundary, a second SIGINT stops at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightrail.errors import UserError
+
+__all__ = ["Interruption", "StoppedAtOnce"]
+
+
+class StoppedAtOnce(UserError):
+    """A second SIGINT arrived before the run could save."""
+
+
+class Interruption:
+    """Remembers that a signal arrived; saving is left to the batch boundary, where it is safe.
+
+    A checkpoint that is written inside a signal handler can hang or tear, so the handlers only set a flag.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self.last_checkpoint: str = "no checkpoint yet"
+
+    @contextmanager
+    def listening(self) -> Iterator[Interruption]:
+        """SIGINT and SIGTERM are ours inside; the former handlers come back on the way out."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            raise StoppedAtOnce(
+                "the run was stopped at once, by a second SIGINT, before it could save",
+                found=f"two SIGINT; the last good checkpoint is {self.last_checkpoint}",
+                allowed="one SIGINT: the run then saves at the next batch boundary and stops",
+                remedy="Resume from the last good checkpoint with run.resume=latest.",
+            )
+        self.signal_number = number
+        print(
+            f"\n{signal.Signals(number).name}: saving at the next batch boundary; once more to stop at once, unsaved",
+            file=sys.stderr,
+            flush=True,
+        )

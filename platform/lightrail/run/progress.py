@@ -1,0 +1,89 @@
+"""What a terminal shows while a run goes on: one live line, or one line an epoch where nobody watches live."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+_SHOWN_SECONDS = 0.1
+
+
+class Progress:
+    """The progress of a run on standard error.
+
+    Args:
+        total: Optimizer steps until the horizon; ``None`` where it is not known.
+        first: Steps done before, by the run that is resumed.
+        epochs: Epochs until the horizon; ``None`` where it is not known.
+        enabled: ``False`` for silence (another rank, a notebook that wants none).
+    """
+
+    def __init__(self, total: int | None, first: int, epochs: int | None, enabled: bool = True) -> None:
+        self._epochs = epochs
+        self._epoch = 0
+        self._metrics: dict[str, float] = {}
+        self._enabled = enabled
+        self._live = enabled and sys.stderr.isatty()
+        self._began = time.monotonic()
+        self._next_refresh = 0.0
+        self._steps = first
+        self._bar = (
+            tqdm(
+                total=total,
+                initial=first,
+                unit=" steps",
+                dynamic_ncols=True,
+                leave=False,
+                mininterval=_SHOWN_SECONDS,
+                bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} · {rate_fmt} · {remaining} left{postfix}",
+                colour="#4c78a8",
+            )
+            if self._live
+            else None
+        )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Epochs are counted from 0."""
+        self._epoch = epoch
+        if self._bar is not None:
+            self._bar.set_description_str(self._name(), refresh=False)
+
+    def to_step(self, steps: int) -> None:
+        """The run has done ``steps`` optimizer steps; cheap enough for every one of them."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if now >= self._next_refresh:
+            self._next_refresh = now + _SHOWN_SECONDS
+            self._bar.update(steps - self._steps)
+            self._steps = steps
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """New values of metrics."""
+        self._metrics.update({k: v for k, v in metrics.items() if k != "lr"})
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text(), refresh=False)
+
+    def end_epoch(self, steps: int) -> None:
+        """An epoch and its validation are done."""
+        if self._enabled and not self._live:
+            seconds = time.monotonic() - self._began
+            print(f"{self._name()}  step {steps}  {self._text()}  {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _name(self) -> str:
+        of = f"/{self._epochs}" if self._epochs and self._epochs > 0 else ""
+        return f"epoch {self._epoch + 1}{of}"
+
+    def _text(self) -> str:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
+        return f" · {text}" if self._live and text else text

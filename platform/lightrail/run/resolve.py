@@ -1,0 +1,154 @@
+"""Checks a whole composition against the traits of its plugins, before any data is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightrail.catalogue import import_target
+from lightrail.configuration import Chosen, Composition
+from lightrail.errors import CompositionError
+from lightrail.traits import Traits, traits_of
+
+__all__ = ["Resolved", "resolve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A composition whose plugins fit together.
+
+    Args:
+        chosen: The plugins that take part, by kind, in order.
+        objects: The class or function of each.
+        notes: What was decided for the user, one sentence each.
+    """
+
+    chosen: Mapping[str, tuple[Chosen, ...]]
+    objects: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def one(self, kind: str) -> Chosen | None:
+        """The plugin of a kind of which there can be one."""
+        return next(iter(self.chosen.get(kind, ())), None)
+
+    def object(self, chosen: Chosen) -> Any:
+        return self.objects[chosen.path]
+
+
+def resolve(composition: Composition) -> Resolved:
+    """Loads what was chosen and checks that it fits together.
+
+    Args:
+        composition: What the configuration composed.
+
+    Raises:
+        CompositionError: Plugins that cannot work together, with what to change.
+        PluginError: A plugin that cannot be loaded.
+    """
+    chosen = list(composition.chosen)
+    objects = {each.path: import_target(each.target) for each in chosen}
+    notes: list[str] = []
+    trainer = composition.config.trainer
+    methods = [(each, traits_of(objects[each.path])) for each in chosen if each.kind in ("optimizer", "transform")]
+    _check_precision(methods, str(trainer.precision))
+    _check_sharding(methods, str(trainer.get("strategy", "auto")))
+    _check_devices(trainer)
+    task = next((each for each in chosen if each.kind == "task"), None)
+    if task is None:
+        raise CompositionError(
+            "the run has no task",
+            found="task=null",
+            allowed="a task, which owns the loss",
+            remedy="Choose one with task=NAME, or task._target_=your.LightningModule.",
+        )
+    _check_task(methods, task, objects[task.path])
+    chosen = _without_fought_schedule(chosen, methods, notes)
+    grouped: dict[str, tuple[Chosen, ...]] = {}
+    for each in chosen:
+        grouped[each.kind] = (*grouped.get(each.kind, ()), each)
+    return Resolved(grouped, objects, tuple(notes))
+
+
+def _check_precision(methods: Sequence[tuple[Chosen, Traits]], precision: str) -> None:
+    for chosen, traits in methods:
+        if traits.evaluates_again and precision in ("16-mixed", "16"):
+            raise CompositionError(
+                f"{chosen.kind} '{chosen.name}' cannot work at precision 16-mixed",
+                found=f"trainer.precision={precision}: the gradient is scaled and evaluated once, before the step",
+                allowed="32-true, bf16-mixed, bf16-true, 64-true",
+                remedy="Use trainer.precision=bf16-mixed, or a method that needs one gradient only.",
+            )
+
+
+def _check_sharding(methods: Sequence[tuple[Chosen, Traits]], strategy: str) -> None:
+    for chosen, traits in methods:
+        if traits.needs_whole_matrices and any(word in strategy for word in ("fsdp", "model_parallel", "deepspeed")):
+            raise CompositionError(
+                f"{chosen.kind} '{chosen.name}' keeps whole matrices, which sharding would cut",
+                found=f"trainer.strategy={strategy}",
+                allowed="trainer.strategy=ddp, or one device",
+                remedy="Use trainer=ddp, or an elementwise method.",
+            )
+
+
+def _check_devices(trainer: Any) -> None:
+    accelerator, devices = str(trainer.accelerator), trainer.devices
+    wanted = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
+    present = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda"):
+        allowed = f"{present} GPU{'s' if present != 1 else ''} on this machine"
+        if present == 0 or (isinstance(wanted, int) and wanted > present):
+            raise CompositionError(
+                "the run asks for more devices than there are",
+                found=f"trainer.accelerator={accelerator} trainer.devices={devices}",
+                allowed=allowed,
+                remedy="Ask for fewer with trainer.devices=N, or use trainer=cpu." if present == 0
+                else f"Ask for at most trainer.devices={present}.",
+            )
+    elif accelerator == "auto" and present and isinstance(wanted, int) and wanted > present:
+        raise CompositionError(
+            "the run asks for more devices than there are",
+            found=f"trainer.devices={devices}",
+            allowed=f"{present} GPUs on this machine",
+            remedy=f"Ask for at most trainer.devices={present}, or use trainer.accelerator=cpu.",
+        )
+
+
+_TASK_METHODS = (
+    ("needs_sampled_loss", "sampled_loss", "sampled_loss(self, batch, generator)"),
+    ("needs_objectives", "objectives", "objectives(self, batch)"),
+)
+
+
+def _check_task(methods: Sequence[tuple[Chosen, Traits]], task: Chosen, task_class: Any) -> None:
+    for chosen, traits in methods:
+        for trait, method, signature in _TASK_METHODS:
+            if getattr(traits, trait) and not callable(getattr(task_class, method, None)):
+                raise CompositionError(
+                    f"{chosen.kind} '{chosen.name}' needs a task with {signature}",
+                    found=f"task '{task.name}' ({task.target}) has none",
+                    allowed=f"a task that defines {signature}",
+                    remedy=f"Add {signature} to {task.target}, or choose another {chosen.kind}.",
+                )
+
+
+def _without_fought_schedule(
+    chosen: list[Chosen], methods: Sequence[tuple[Chosen, Traits]], notes: list[str]
+) -> list[Chosen]:
+    """A method that sets its own step size refuses a schedule; one that is only there by default gives way."""
+    setter = next((method for method, traits in methods if traits.sets_step_size), None)
+    schedule = next((each for each in chosen if each.kind == "schedule"), None)
+    if setter is None or schedule is None:
+        return chosen
+    if schedule.explicit:
+        raise CompositionError(
+            f"{setter.kind} '{setter.name}' sets its own step size, and a schedule would fight it",
+            found=f"schedule={schedule.name}",
+            allowed="schedule=null",
+            remedy=f"Leave the schedule out, or choose another {setter.kind}.",
+        )
+    notes.append(f"no schedule: {setter.kind} '{setter.name}' sets its own step size")
+    return [each for each in chosen if each is not schedule]

@@ -1,0 +1,81 @@
+"""Finding the run that ``run.resume`` names, and the overrides that it was composed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightrail.errors import CheckpointError
+from lightrail.run.folder import RunFolder, newest_run
+
+__all__ = ["Resumed", "find_resumed"]
+
+# What belongs to one start of a run rather than to the run.
+_OF_ONE_START = ("run.resume", "run.accept_changes", "run.root", "run.name")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that is to be continued.
+
+    Args:
+        folder: Its folder, where the continued run goes on.
+        checkpoint: From which checkpoint.
+        lock: What it was made of.
+    """
+
+    folder: RunFolder
+    checkpoint: Path
+    lock: dict[str, Any]
+
+    def overrides(self, typed: Sequence[str]) -> list[str]:
+        """The run's own overrides, with those that the user typed now coming after and winning."""
+        kept = [o for o in self.lock["overrides"] if _key(o) not in _OF_ONE_START]
+        return [*kept, *typed]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def find_resumed(overrides: Sequence[str]) -> Resumed | None:
+    """The run that the overrides ask to continue; ``None`` where they ask for none.
+
+    Args:
+        overrides: What was typed.
+
+    Raises:
+        CheckpointError: There is no such run, or it has no checkpoint.
+    """
+    typed = {_key(o): o.partition("=")[2].strip("'\"") for o in overrides}
+    wanted = typed.get("run.resume")
+    if wanted in (None, "", "null"):
+        return None
+    if wanted == "latest":
+        folder = newest_run(Path(typed.get("run.root", "runs")))
+        checkpoint = folder.last
+    else:
+        path = Path(wanted)
+        if path.is_dir():
+            folder = RunFolder(path.resolve())
+            checkpoint = folder.last
+        else:
+            checkpoint = path.resolve()
+            folder = RunFolder(checkpoint.parent.parent)
+    if not checkpoint.is_file():
+        raise CheckpointError(
+            f"there is nothing to resume at {wanted}",
+            found="a run folder without checkpoints/last.ckpt" if folder.path.is_dir() else "no such file or folder",
+            allowed="a run folder, a checkpoint in one, or 'latest'",
+            remedy="Look for a run with a checkpoint under run.root, or start anew.",
+        )
+    return Resumed(folder, checkpoint, folder.read_lock() if folder.lock.exists() else _lock_inside(checkpoint))
+
+
+def _lock_inside(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint that was moved out of its folder carries its lock."""
+    from lightrail.run.checkpoint import load_checkpoint
+
+    return dict(load_checkpoint(checkpoint)["lightrail"]["lock"])

@@ -1,0 +1,201 @@
+"""The step under Lightning: the accumulation window as a closure, for methods that need more than a gradient.
+
+Lightning calls ``optimizer.step(closure)`` with a closure that zeroes gradients only on the first micro-batch, clips on
+every call, logs on every call and knows the last micro-batch only. Here the first evaluation of every micro-batch is
+Lightning's own, hooks and logging included; every further one replays the whole window in silence.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure as LightningClosure
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightrail.step.closure import Closure
+from lightrail.step.randomness import RandomState
+from lightrail.step.running_statistics import Statistics
+from lightrail.step.transform import TransformedOptimizer
+
+__all__ = ["WindowClosure", "WindowLoop"]
+
+_LOGGING_METHODS = ("log", "log_dict")
+
+
+class _SkipUpdate(Exception):
+    """The loss is not finite, and the run was told to go on without this update."""
+
+
+class WindowClosure(Closure):
+    """One accumulation window of a LightningModule, as a :class:`Closure`.
+
+    Args:
+        trainer: The trainer whose loop owns the window.
+        params: The parameters that are being optimized.
+        statistics: The module's buffers and metrics, found once.
+        skips_non_finite: Whether a loss that is NaN or infinite ends the step without an update.
+    """
+
+    def __init__(
+        self, trainer: Trainer, params: list[Tensor], statistics: Statistics, skips_non_finite: bool = False
+    ) -> None:
+        module = trainer.lightning_module
+        self.params = params
+        self.evaluations = 0
+        self._trainer = trainer
+        self._module: LightningModule = module
+        self._loss_fn = _loss_of(module.training_step)
+        self._sampled_loss_fn = _on_batch(module, "sampled_loss")
+        self._objectives_fn = _on_batch(module, "objectives")
+        self._statistics = statistics
+        self._batches: list[tuple[Any, ...]] = []
+        self._states: list[RandomState | None] = []
+        self._divisor = trainer.accumulate_grad_batches
+        self._has_run = False
+        self._skips_non_finite = skips_non_finite
+        self._first_closure: LightningClosure | None = None
+        self._losses: list[Tensor] = []
+
+    def add(self, kwargs: Mapping[str, Any], closure: LightningClosure) -> None:
+        """Takes in a micro-batch, before Lightning evaluates it."""
+        self._batches.append(tuple(kwargs.values()))
+        self._states.append(RandomState.capture())
+        self._first_closure = closure
+
+    def run_micro_batch(self) -> None:
+        """Lightning's own evaluation of the newest micro-batch: hooks, logging, gradient accumulation."""
+        assert self._first_closure is not None
+        loss = self._first_closure()
+        if loss is not None:
+            self._losses.append(loss.detach())
+
+    def _run_first(self) -> Tensor:
+        self.run_micro_batch()
+        # Lightning divides each loss by the number of micro-batches before it hands it on.
+        loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum()
+        # Ranks must take the same decision, or the next gradient exchange never ends.
+        if self._skips_non_finite and not bool(torch.isfinite(self._mean_over_ranks([loss.clone()]))):
+            raise _SkipUpdate
+        return loss
+
+    def _evaluate(self, fn: Callable[..., Tensor], batch: tuple[Any, ...], index: int) -> Tensor:
+        with self._trainer.precision_plugin.train_step_context():
+            return fn(*batch)
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        if isinstance(self._trainer.strategy, ParallelStrategy):
+            super()._average(tensors)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        with super()._aside(), _silenced(self._module):
+            yield
+
+    @property
+    def _rank(self) -> int:
+        return self._trainer.global_rank
+
+
+def _loss_of(training_step: Callable[..., Any]) -> Callable[..., Tensor]:
+    def loss(*args: Any) -> Tensor:
+        output = training_step(*args)
+        return output["loss"] if isinstance(output, Mapping) else output
+
+    return loss
+
+
+def _on_batch(module: LightningModule, name: str) -> Callable[..., Any] | None:
+    """The task's optional method, called without the batch index that ``training_step`` gets."""
+    method = getattr(module, name, None)
+    if not callable(method):
+        return None
+    takes_index = "batch_idx" in getattr(getattr(module.training_step, "__code__", None), "co_varnames", ())
+    return partial(_without_index, method) if takes_index else method
+
+
+def _without_index(method: Callable[..., Any], batch: Any, _index: int, *rest: Any) -> Any:
+    return method(batch, *rest)
+
+
+@contextmanager
+def _silenced(module: LightningModule) -> Iterator[None]:
+    """``self.log`` does nothing inside: metrics are those of the first evaluation."""
+    kept = {name: module.__dict__.get(name) for name in _LOGGING_METHODS}
+    for name in _LOGGING_METHODS:
+        module.__dict__[name] = _log_nothing
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            if method is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = method
+
+
+def _log_nothing(*_args: Any, **_kwargs: Any) -> None:
+    pass
+
+
+class WindowLoop(_AutomaticOptimization):
+    """Lightning's automatic optimization, with the accumulation window at hand for the method.
+
+    It takes the place of Lightning's own only when a method or transform needs it.
+
+    Args:
+        trainer: The trainer.
+        skips_non_finite: See :class:`WindowClosure`.
+    """
+
+    def __init__(self, trainer: Trainer, skips_non_finite: bool = False) -> None:
+        super().__init__(trainer)
+        self._skips_non_finite = skips_non_finite
+        self._window: WindowClosure | None = None
+        self._statistics: Statistics | None = None
+        self.skipped_updates = 0
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        closure = self._make_closure(kwargs, optimizer, batch_idx)
+        strategy = self.trainer.strategy
+        if self._window is None:
+            self._statistics = self._statistics or Statistics(self.trainer.lightning_module)
+            assert isinstance(optimizer, TransformedOptimizer)
+            self._window = WindowClosure(self.trainer, optimizer.params, self._statistics, self._skips_non_finite)
+        self._window.add(kwargs, closure)
+        if self.trainer.fit_loop._should_accumulate():
+            with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else _nothing():
+                self._window.run_micro_batch()
+        else:
+            self._step(optimizer, batch_idx)
+        result = closure.consume_result()
+        return {} if result.loss is None else result.asdict()
+
+    def _step(self, optimizer: TransformedOptimizer, batch_idx: int) -> None:
+        trainer = self.trainer
+        assert self._window is not None
+        optimizer.window = self._window
+        optimizer.finish = partial(trainer.precision_plugin._after_closure, trainer.lightning_module, optimizer)
+        try:
+            self._optimizer_step(batch_idx, self._window)
+        except _SkipUpdate:
+            self.skipped_updates += 1
+            optimizer.zero_grad()
+            # A step that was skipped is a step nonetheless: schedules and horizons count it.
+            self.optim_progress.optimizer.step.increment_completed()
+        finally:
+            optimizer.window = optimizer.finish = None
+            self._window = None
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
