@@ -112,10 +112,11 @@ class ClosureError(UserError):
 class Interrupted(LightrailError):
     """A signal asked the run to stop; it did so at a batch boundary, with its state saved."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
+    def __init__(self, signal_number: int, step: int, folder: str) -> None:
         self.signal_number = signal_number
         self.step = step
-        super().__init__(f"stopped by signal {signal_number} after step {step}")
+        self.folder = folder
+        super().__init__(f"stopped by signal {signal_number} after step {step}; resume with run.resume={folder}")
 
 
 def closest(word: str, among: Iterable[str]) -> str:

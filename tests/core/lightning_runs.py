@@ -114,12 +114,15 @@ def fit(
     checkpoint: Path | None = None,
     seed: int = 0,
     callbacks: Sequence[pl.Callback] = (),
+    sampler: Sequence[int] | None = None,
     **arguments: Any,
 ) -> tuple[Task, Trainer, Observation]:
     pl.seed_everything(seed, verbose=False)
     task = Task(make_optimizer)
     trainer, observation = trainer_for(folder, callbacks=list(callbacks), **arguments)
-    loader = DataLoader(dataset or problem(), batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
+    loader = DataLoader(
+        dataset or problem(), batch_size=batch_size, shuffle=shuffle, num_workers=num_workers, sampler=sampler
+    )
     validation = DataLoader(problem(16), batch_size=8)
     trainer.fit(task, loader, validation, ckpt_path=None if checkpoint is None else str(checkpoint))
     return task, trainer, observation

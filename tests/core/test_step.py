@@ -46,6 +46,7 @@ class Curious(torch.optim.SGD):
         products = closure.hvp([p.sign() for p in params])
         sampled = closure.sampled()
         parts = closure.groups(2)
+        assert closure.num_samples() in (8, 16)
         curvature = closure.loss() / loss
         for p, product, label, first, second in zip(params, products, sampled, *parts, strict=True):
             p.grad.add_(product, alpha=1e-3).add_(label, alpha=0.1).add_(first - second, alpha=0.1).mul_(curvature)

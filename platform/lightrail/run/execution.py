@@ -45,7 +45,13 @@ def execute(run: Run, *, show_progress: bool) -> Result:
     if run.resumed is not None:
         accept = bool(run.composition.config.run.accept_changes)
         notes += check_lock(run.resumed.lock, lock, accept_changes=accept)
-    folder = _open_folder(run, lock)
+    with _folder_for_children():
+        return _execute_in(run, _open_folder(run, lock), lock, notes, began, show_progress)
+
+
+def _execute_in(
+    run: Run, folder: RunFolder, lock: Mapping[str, Any], notes: list[str], began: float, show_progress: bool
+) -> Result:
     interruption = Interruption()
     observation = Observation(
         folder,
@@ -68,6 +74,18 @@ def execute(run: Run, *, show_progress: bool) -> Result:
             raise
         record.write("finished")
     return record.result()
+
+
+@contextlib.contextmanager
+def _folder_for_children() -> Iterator[None]:
+    """The variable in which other ranks find the folder is this run's alone."""
+    kept = os.environ.get(FOLDER_VARIABLE)
+    try:
+        yield
+    finally:
+        os.environ.pop(FOLDER_VARIABLE, None)
+        if kept is not None:
+            os.environ[FOLDER_VARIABLE] = kept
 
 
 def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
@@ -237,6 +255,8 @@ class _Record:
         # A run that failed has said why; a second error on the way out would hide it.
         with contextlib.suppress(UserError) if status != "finished" else contextlib.nullcontext():
             folder.write_json(folder.summary, self._summary)
+            if outcome := os.environ.get("LIGHTRAIL_OUTCOME"):
+                folder.write_json(Path(outcome), {**self._summary, "folder": str(folder.path)})
             self._write_report(status)
 
     def _write_report(self, status: str) -> None:

@@ -157,9 +157,9 @@ class MetricsFile(Logger):
     def _write(self, row: dict[str, str], *, replaces_last: bool) -> None:
         assert self._columns is not None
         start = self._last_start if replaces_last else self._end
-        line = _line(self._columns, row)
+        line, path = _line(self._columns, row), self.path
         # A row that replaces the last one has all of its cells and more, so nothing of the old one sticks out.
-        with tells_unwritable(self.path), open(self.path, "r+b") as file:
+        with tells_unwritable(path), open(path, "r+b") as file:
             file.seek(start)
             file.write(line)
         self._num_rows += not replaces_last

@@ -167,7 +167,7 @@ class Observation(Callback):
         if signal_number:
             self._check_kept_losses()
             self.save()
-            raise Interrupted(signal_number, steps)
+            raise Interrupted(signal_number, steps, str(self.folder.path))
         if self._is_due or (self._every and steps % self._every == 0 and steps != self._saved_step and steps):
             self._check_kept_losses()
             self.save()

@@ -38,6 +38,8 @@ class Closure:
             labels drawn from the model's own predictive distribution. Needed by :meth:`sampled`.
         objectives_fn: ``objectives_fn(batch)``: the task's losses, a sequence, a mapping or a 1-d tensor. Needed by
             :meth:`jacobian`.
+        num_samples_fn: ``num_samples_fn(batch)``: how many terms the mean loss of a batch has (tokens for a language
+            model); the length of its leading axis where it is not given.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -59,12 +61,14 @@ class Closure:
         module: nn.Module | None = None,
         sampled_loss_fn: LossFn | None = None,
         objectives_fn: Callable[..., Any] | None = None,
+        num_samples_fn: Callable[..., int] | None = None,
     ) -> None:
         self.params: list[Tensor] = list(params)
         self.evaluations = 0
         self._loss_fn = loss_fn
         self._sampled_loss_fn = sampled_loss_fn
         self._objectives_fn = objectives_fn
+        self._num_samples_fn = num_samples_fn
         self._batches: list[tuple[Any, ...]] = [(batch,) for batch in batches] or [()]
         self._divisor = len(self._batches)
         self._statistics = Statistics(module)
@@ -282,6 +286,24 @@ class Closure:
             self._average(row)
         return rows
 
+    def num_samples(self) -> int:
+        """How many terms the mean loss has, over the whole window and all ranks.
+
+        Raises:
+            ClosureError: No batch was given to count in.
+        """
+        count = sum(self._num_samples_fn(*b) if self._num_samples_fn else _leading_size(b) or 0 for b in self._batches)
+        if not count:
+            raise ClosureError(
+                "the closure cannot count the samples of its loss",
+                found="a loss function that closes over its batch",
+                allowed="lightrail.Closure(loss_fn, params, batch), or num_samples_fn",
+                remedy="Pass the batch to lightrail.Closure, or give the method its batch size.",
+            )
+        total = torch.tensor([float(count)], dtype=torch.float64, device=self.params[0].device)
+        self._average([total])
+        return round(float(total) * self._world_size)
+
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
         """Inside, every question is answered at ``points``; on the way out the parameters are back, bit for bit.
@@ -304,6 +326,11 @@ class Closure:
     def _rank(self) -> int:
         distributed = torch.distributed
         return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+    @property
+    def _world_size(self) -> int:
+        distributed = torch.distributed
+        return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
     def _required(self, fn: Callable[..., Any] | None, name: str, signature: str) -> Callable[..., Any]:
         if fn is None:
@@ -360,7 +387,7 @@ class Closure:
 
     def _split(self, batch: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
         leaves, structure = pytree.tree_flatten(batch)
-        size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+        size = _leading_size(batch)
         if size is None or size < count:
             raise ClosureError(
                 f"the batch cannot be divided into {count} parts",
@@ -376,6 +403,11 @@ class Closure:
             for leaf in leaves
         ]
         return [pytree.tree_unflatten([s[part] for s in slices], structure) for part in range(count)]
+
+
+def _leading_size(batch: tuple[Any, ...]) -> int | None:
+    leaves = pytree.tree_leaves(batch)
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
 
 
 def _as_scalars(objectives: Any) -> list[Tensor]:
@@ -438,6 +470,9 @@ class GradientOnly(Closure):
         return self._refuse()
 
     def jacobian(self) -> list[list[Tensor]]:
+        return self._refuse()
+
+    def num_samples(self) -> int:
         return self._refuse()
 
     @contextmanager

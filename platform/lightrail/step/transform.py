@@ -101,6 +101,9 @@ class _TransformedClosure(Closure):
     def jacobian(self) -> list[list[Tensor]]:
         return self._inner.jacobian()
 
+    def num_samples(self) -> int:
+        return self._inner.num_samples()
+
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
         with self._inner.at(points):

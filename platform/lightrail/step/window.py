@@ -54,8 +54,9 @@ class WindowClosure(Closure):
         self._trainer = trainer
         self._module: LightningModule = module
         self._loss_fn = _loss_of(module.training_step)
-        self._sampled_loss_fn = _on_batch(module, "sampled_loss")
-        self._objectives_fn = _on_batch(module, "objectives")
+        self._sampled_loss_fn = self._on_batch("sampled_loss")
+        self._objectives_fn = self._on_batch("objectives")
+        self._num_samples_fn = self._on_batch("num_samples")
         self._statistics = statistics
         self._batches: list[tuple[Any, ...]] = []
         self._states: list[RandomState | None] = []
@@ -64,6 +65,11 @@ class WindowClosure(Closure):
         self._skips_non_finite = skips_non_finite
         self._first_closure: LightningClosure | None = None
         self._losses: list[Tensor] = []
+
+    def _on_batch(self, name: str) -> Callable[..., Any] | None:
+        """The task's optional method, called without the batch index that ``training_step`` may get."""
+        method = getattr(self._module, name, None)
+        return (lambda *args: method(args[0], *args[len(self._batches[0]) :])) if callable(method) else None
 
     def add(self, kwargs: Mapping[str, Any], closure: LightningClosure) -> None:
         """Takes in a micro-batch, before Lightning evaluates it."""
@@ -111,19 +117,6 @@ def _loss_of(training_step: Callable[..., Any]) -> Callable[..., Tensor]:
         return output["loss"] if isinstance(output, Mapping) else output
 
     return loss
-
-
-def _on_batch(module: LightningModule, name: str) -> Callable[..., Any] | None:
-    """The task's optional method, called without the batch index that ``training_step`` gets."""
-    method = getattr(module, name, None)
-    if not callable(method):
-        return None
-    takes_index = "batch_idx" in getattr(getattr(module.training_step, "__code__", None), "co_varnames", ())
-    return partial(_without_index, method) if takes_index else method
-
-
-def _without_index(method: Callable[..., Any], batch: Any, _index: int, *rest: Any) -> Any:
-    return method(batch, *rest)
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Conformance suites by kind, for every plugin, its own author's included.
+
+Run them over everything that is installed with ``pytest --lightrail-plugins``, over one distribution with
+``pytest --lightrail-plugins=DIST``, over one kind with ``--lightrail-kind=optimizer``; or subclass a suite in a test
+module. Nothing is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightrail.testing.data import DataSuite
+    from lightrail.testing.installed import Case, installed_cases
+    from lightrail.testing.model import ModelSuite
+    from lightrail.testing.optimizer import OptimizerSuite
+    from lightrail.testing.schedule import ScheduleSuite
+    from lightrail.testing.suite import NonConformance, NotApplicable, Outcome, Suite, examine
+    from lightrail.testing.task import TaskSuite
+    from lightrail.testing.transform import TransformSuite
+
+__all__ = [
+    "Case",
+    "DataSuite",
+    "ModelSuite",
+    "NonConformance",
+    "NotApplicable",
+    "OptimizerSuite",
+    "Outcome",
+    "ScheduleSuite",
+    "Suite",
+    "TaskSuite",
+    "TransformSuite",
+    "examine",
+    "installed_cases",
+]
+
+_HOMES = {
+    "Case": "installed",
+    "DataSuite": "data",
+    "ModelSuite": "model",
+    "NonConformance": "suite",
+    "NotApplicable": "suite",
+    "OptimizerSuite": "optimizer",
+    "Outcome": "suite",
+    "ScheduleSuite": "schedule",
+    "Suite": "suite",
+    "TaskSuite": "task",
+    "TransformSuite": "transform",
+    "examine": "suite",
+    "installed_cases": "installed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,73 @@
+"""What the files of a run folder say of the run, as far as they are there and readable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightrail.errors import DataError
+from lightrail.report.metrics import read_metrics
+
+__all__ = ["RunRecord"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, read from its folder.
+
+    Args:
+        folder: The run folder.
+        metrics: The curves of ``metrics.csv``.
+        config: The text of ``config.yaml``.
+        lock: The contents of ``lock.json``.
+        summary: The contents of ``summary.json``.
+        missing: For each file that could not be read, why.
+    """
+
+    folder: Path
+    metrics: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    config: str = ""
+    lock: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Reads whatever of the four files is there."""
+        missing: dict[str, str] = {}
+
+        def attempt(name: str, read: Callable[[Path], T], otherwise: T) -> T:
+            try:
+                return read(folder / name)
+            except FileNotFoundError:
+                missing[name] = f"{name} is not in this folder."
+            except DataError as error:
+                missing[name] = f"{error.what}: {error.found}."
+            except (OSError, ValueError) as error:
+                missing[name] = f"{name} could not be read: {error}."
+            return otherwise
+
+        return cls(
+            folder,
+            metrics=attempt("metrics.csv", read_metrics, {}),
+            config=attempt("config.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
+            lock=attempt("lock.json", _mapping, {}),
+            summary=attempt("summary.json", _mapping, {}),
+            missing=missing,
+        )
+
+    @property
+    def name(self) -> str:
+        return str(self.summary.get("name") or self.folder.resolve().name)
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} where names and values should be")
+    return content

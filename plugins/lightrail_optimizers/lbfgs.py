@@ -1,0 +1,74 @@
+"""L-BFGS, torch's own, with the card that says what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightrail.errors import ClosureError
+from lightrail.traits import Traits
+
+__all__ = ["LBFGS"]
+
+
+class LBFGS(torch.optim.LBFGS):
+    """Limited-memory BFGS: a full-batch quasi-Newton method that evaluates the loss many times a step.
+
+    ``d = -H g`` with H, an inverse Hessian, built from the last ``history_size`` pairs of moves and gradient changes;
+    ``x += lr d``, up to ``max_iter`` times a step on one and the same batch.
+
+    The arithmetic is :class:`torch.optim.LBFGS`'s, and so are the arguments. It is meant for small problems where the
+    batch is all the data, or nearly so: curvature pairs from different mini-batches mislead it. It takes one parameter
+    group. Under ``line_search_fn="strong_wolfe"`` the step size is found by search.
+
+    Raises:
+        ClosureError: ``step`` is called without a closure.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> curvature = torch.tensor([1.0, 10.0])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = (curvature * x**2).sum() / 2
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer = LBFGS([x], line_search_fn="strong_wolfe")
+        >>> loss = optimizer.step(closure)
+        >>> bool(x.abs().max() < 1e-3)
+        True
+
+    Reference:
+        Liu and Nocedal, 1989, "On the limited memory BFGS method for large scale optimization",
+        doi:10.1007/BF01589116.
+    """
+
+    traits = Traits(
+        rule="x -= lr H g, H from the last pairs of moves and gradient changes",
+        paper=(
+            "Liu, Nocedal, 1989, On the limited memory BFGS method for large scale optimization, doi:10.1007/BF01589116"
+        ),
+        state=203,  # 100 pairs, the direction, the previous gradient, and one of work space
+        extra_evaluations=19,
+        needs_closure=True,
+        example={"max_iter": 4, "line_search_fn": "strong_wolfe"},
+    )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of up to ``max_iter`` moves.
+
+        Args:
+            closure: Evaluates the loss and its gradient, as often as it is called.
+
+        Returns:
+            The loss at the point where the step began.
+        """
+        if closure is None:
+            raise ClosureError(
+                "LBFGS evaluates the loss several times a step and needs a closure",
+                found="no closure",
+                allowed="a lightrail.Closure, or torch's own closure",
+                remedy="Pass optimizer.step(lightrail.Closure(loss_fn, params)).",
+            )
+        return super().step(closure)

@@ -1,0 +1,1 @@
+"""Embedded and user-supplied data."""
