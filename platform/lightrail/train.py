@@ -77,9 +77,9 @@ def _run_once(overrides: list[str], config_dirs: Sequence[str]) -> int:
             print(f"stopped after step {stop.step}, saved; resume with:\ntrain run.resume={shlex.quote(stop.folder)}")
         return 128 + stop.signal_number
     if is_first:
-        from lightrail.report import print_result
+        from lightrail.report import result_table
 
-        print_result(result.summary, result.folder)
+        result_table(result.summary, result.folder).print()
     return 0
 
 

@@ -19,7 +19,8 @@ __all__ = ["Lion", "lion", "lion_by_tensor"]
 def lion(x: list[Tensor], g: list[Tensor], m: list[Tensor], *, lr: float, b1: float, b2: float, wd: float) -> None:
     """One update, in place: ``x *= 1 - lr wd``; ``x -= lr sign(b1 m + (1-b1) g)``; ``m = b2 m + (1-b2) g``."""
     if wd:
-        torch._foreach_mul_(x, 1 - lr * wd)
+        # Not `_foreach_mul_(x, 1 - lr * wd)`: on a CPU it rounds the factor to half precision when x is in it.
+        torch._foreach_add_(x, x, alpha=-lr * wd)
     u = torch._foreach_lerp(m, g, 1 - b1)
     torch._foreach_sign_(u)
     torch._foreach_add_(x, u, alpha=-lr)
@@ -32,7 +33,7 @@ def lion_by_tensor(
     """The same as :func:`lion`, bit for bit, one tensor after the other."""
     for x_i, g_i, m_i in zip(x, g, m, strict=True):
         if wd:
-            x_i.mul_(1 - lr * wd)
+            x_i.add_(x_i, alpha=-lr * wd)
         x_i.add_(m_i.lerp(g_i, 1 - b1).sign_(), alpha=-lr)
         m_i.lerp_(g_i, 1 - b2)
 

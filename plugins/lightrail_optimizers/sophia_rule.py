@@ -37,7 +37,8 @@ def sophia(
         form: ``official`` divides by ``gamma h + eps`` in place of ``max(gamma h, eps)``.
     """
     if wd:
-        torch._foreach_mul_(x, 1 - lr * wd)
+        # Not `_foreach_mul_(x, 1 - lr * wd)`: on a CPU it rounds the factor to half precision when x is in it.
+        torch._foreach_add_(x, x, alpha=-lr * wd)
     torch._foreach_lerp_(m, g, 1 - b1)
     curvature = torch._foreach_mul(h, gamma)
     if form == "paper":
@@ -66,7 +67,7 @@ def sophia_by_tensor(
     """The same as :func:`sophia`, bit for bit, one tensor after the other."""
     for x_i, g_i, m_i, h_i in zip(x, g, m, h, strict=True):
         if wd:
-            x_i.mul_(1 - lr * wd)
+            x_i.add_(x_i, alpha=-lr * wd)
         m_i.lerp_(g_i, 1 - b1)
         u = h_i * gamma
         u = u.clamp_(min=eps) if form == "paper" else u.add_(eps)
@@ -76,9 +77,7 @@ def sophia_by_tensor(
 
 def gauss_newton_bartlett(g: Sequence[Tensor], num_samples: int) -> list[Tensor]:
     """``B g ⊙ g``, where g is the gradient of the mean loss of B samples whose labels the model itself drew."""
-    squares = torch._foreach_mul(list(g), list(g))
-    torch._foreach_mul_(squares, float(num_samples))
-    return list(squares)
+    return list(torch._foreach_mul(torch._foreach_mul(list(g), list(g)), float(num_samples)))
 
 
 def hutchinson(u: Sequence[Tensor], hessian_u: Sequence[Tensor]) -> list[Tensor]:

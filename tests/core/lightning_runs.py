@@ -82,6 +82,7 @@ def trainer_for(
     on_nan: str = "stop",
     **arguments: Any,
 ) -> tuple[Trainer, Observation]:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     interruption = Interruption()
     observation = Observation(
         RunFolder(folder), {"plugins": []}, interruption, every=every, skips_non_finite=on_nan == "skip",

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             allowed=", ".join(BENCHES),
             remedy=f"{closest(options.name, BENCHES)}Run `lightrail bench --help` for what each measures.",
         )
-    from lightrail.run.atomic import replacing
+    from lightrail.files import replacing
 
     table = importlib.import_module(f"lightrail.bench.{options.name}").measure(options.rounds)
     print(table.text())

@@ -49,7 +49,7 @@ class Distribution:
     entries: tuple[Entry, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Environment:
     """Everything that is installed.
 

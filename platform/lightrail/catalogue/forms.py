@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ANY", "accepts", "describe"]
+__all__ = ["ANY", "accepts", "describe", "shown"]
 
 Form = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def describe(form: Form) -> str:
     """
     match form["is"]:
         case "literal":
-            return ", ".join(map(_written, form["values"]))
+            return ", ".join(map(shown, form["values"]))
         case "union":
             return " or ".join(dict.fromkeys(map(describe, form["of"])))
         case "tuple":
@@ -92,5 +92,15 @@ def describe(form: Form) -> str:
             return _WORDS[name]
 
 
-def _written(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not _is_number(value) else str(value)
+def shown(value: Any) -> str:
+    """A value as one would type it.
+
+    Example:
+        >>> shown(None), shown(True), shown([1, None])
+        ('null', 'true', '[1, null]')
+    """
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -16,7 +16,7 @@ from lightrail.errors import PluginError
 from lightrail.kinds import KINDS
 from lightrail.traits import traits_of
 
-__all__ = ["schema_of", "source_files"]
+__all__ = ["schema_of", "signature_parameters", "source_files"]
 
 # What the platform hands over by name, beside an optimizer's first argument.
 _SUPPLIED = {"task": ("model",), "schedule": ("optimizer", "total_steps")}
@@ -51,21 +51,32 @@ def schema_of(kind: str, target: str, plugin: Any) -> Schema:
     except (TypeError, ValueError):
         # Written in C: nothing is known, so everything is allowed.
         return Schema(target, accepts_any_key=True, summary=summary_of(_own_docstring(plugin)))
-    documented = {**parameter_lines(_constructor_docstring(plugin)), **parameter_lines(_own_docstring(plugin))}
-    namespace = _namespace(plugin)
-    named = [each for each in signature.parameters.values() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    supplied = tuple(each.name for each in named[:1]) if kind == "optimizer" else _SUPPLIED.get(kind, ())
-    supplied = tuple(name for name in supplied if name in signature.parameters)
+    parameters = signature_parameters(plugin)
+    names = [each.name for each in parameters]
+    supplied = tuple(names[:1]) if kind == "optimizer" else tuple(n for n in _SUPPLIED.get(kind, ()) if n in names)
     return Schema(
         target=target,
-        parameters=tuple(
-            _parameter(each, namespace, documented.get(each.name, "")) for each in named if each.name not in supplied
-        ),
+        parameters=tuple(each for each in parameters if each.name not in supplied),
         accepts_any_key=any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()),
         supplied=supplied,
         summary=summary_of(_own_docstring(plugin)),
         traits=_plain_traits(traits_of(plugin).to_dict()),
     )
+
+
+def signature_parameters(plugin: Any) -> list[Parameter]:
+    """Every parameter of a class or function that can be given by name.
+
+    Args:
+        plugin: The class or function.
+    """
+    documented = {**parameter_lines(_constructor_docstring(plugin)), **parameter_lines(_own_docstring(plugin))}
+    namespace = _namespace(plugin)
+    return [
+        _parameter(each, namespace, documented.get(each.name, ""))
+        for each in inspect.signature(plugin).parameters.values()
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    ]
 
 
 def _check_kind(kind: str, target: str, plugin: Any) -> None:

@@ -7,6 +7,7 @@ for Lion.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -70,10 +71,19 @@ class Bodies:
         for path, body in bodies.items():
             self._repository.replace(path, body)
 
+    def origin(self, key: str, overrides: Sequence[str]) -> str:
+        """Who set a key, for an error: the command line, or the file that did so last."""
+        if any(token.lstrip("+~").partition("=")[0] in (key, *_above(key)) for token in overrides):
+            return "the command line"
+        for path in reversed(self.files):
+            if OmegaConf.select(self._body(path), key) is not None:
+                return f"{path}.yaml"
+        return "the configuration"
+
     def _body(self, path: str) -> DictConfig:
         result = self._repository.load_config(path)
         assert result is not None
-        return OmegaConf.create(result.config._content()) if isinstance(result.config, DictConfig) else OmegaConf.create()
+        return copy.deepcopy(result.config) if isinstance(result.config, DictConfig) else OmegaConf.create()
 
     def _final(self, kind: str, names: list[str], bodies: dict[str, DictConfig], by_hand: bool) -> str | None:
         """What the node will be: the option, or the target that a file writes over it."""
@@ -122,3 +132,8 @@ def _target(body: DictConfig, kind: str) -> str | None:
     node = body.get(kind)
     target = node.get("_target_") if isinstance(node, DictConfig) and not KINDS[kind].many else None
     return target if isinstance(target, str) else None
+
+
+def _above(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from yaml import YAMLError
 from lightrail.catalogue.plugin import available, unknown_plugin
 from lightrail.configuration.bodies import Bodies
 from lightrail.configuration.command_line import Layout, Token, normalise
-from lightrail.configuration.folders import yaml_groups, yaml_options
+from lightrail.configuration.folders import own_folder, yaml_groups, yaml_options
 from lightrail.configuration.sources import Repository, split_option
 from lightrail.errors import ConfigurationError, UserError, closest
 from lightrail.kinds import KINDS
@@ -107,7 +107,7 @@ def _compose(repository: Repository, tokens: Sequence[str], config_name: str, fo
     defaults = {each.group or "": each.value for each in choices}
     layout = Layout(
         command=config_name,
-        groups=frozenset(yaml_groups(folders) | {kind for kind in KINDS if config_name in KINDS[kind].commands}),
+        groups=_groups(config_name, folders, defaults),
         chosen=frozenset(defaults),
         roots=frozenset(str(key) for key in primary.config if key not in KINDS),
     )
@@ -125,6 +125,13 @@ def _compose(repository: Repository, tokens: Sequence[str], config_name: str, fo
     return Composed(
         config, tuple(options), defaults, tuple(overrides), bodies, layout, dict(repository.plugin_of)
     )
+
+
+def _groups(config_name: str, folders: Sequence[str], defaults: Collection[str]) -> frozenset[str]:
+    """The kinds of this command, and the groups of YAML; those of lightrail's own that another command uses are not."""
+    kinds = {kind for kind in KINDS if config_name in KINDS[kind].commands}
+    foreign = yaml_groups([own_folder()]) - set(defaults)
+    return frozenset(kinds | (yaml_groups(folders) - foreign - set(KINDS)) | (set(defaults) - set(KINDS)))
 
 
 class _Loader(ConfigLoaderImpl):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightrail.report import sections
-from lightrail.report.files import replace_file
+from lightrail.files import replace_file
 from lightrail.report.pictures import curve_pictures, figure_pictures
 from lightrail.report.record import RunRecord
 

@@ -30,7 +30,7 @@ def curve_pictures(record: RunRecord) -> str:
     pictures = [_picture(draw(c), name=c.title, remark=c.remark, alt=c.alt) for c in every[:CHARTS_AT_MOST]]
     rest = ", ".join(chart.base for chart in every[CHARTS_AT_MOST:])
     more = f'<p class="absent">Not drawn, but in metrics.csv: {escape(rest)}.</p>' if rest else ""
-    return f'<div class="pictures">{"".join(pictures)}</div>{more}'
+    return f'<div class="pictures curves">{"".join(pictures)}</div>{more}'
 
 
 def figure_pictures(figures: Mapping[str, Figure]) -> str:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from lightrail.errors import CheckpointError
-from lightrail.run.atomic import replacing
+from lightrail.files import replacing
 
 __all__ = ["AtomicCheckpointIO", "load_checkpoint"]
 

@@ -93,7 +93,7 @@ def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
     inherited = folder_from_environment()
     if inherited is not None:
         return inherited
-    if run.resumed is not None:
+    if run.resumed is not None and run.resumed.folder is not None:
         folder = run.resumed.folder
     elif _get_rank():
         # Another program started this rank; the first one says at set-up where the folder is.

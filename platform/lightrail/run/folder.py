@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightrail.errors import CheckpointError, RunFolderError
-from lightrail.run.atomic import replacing
+from lightrail.files import replacing
 
 __all__ = ["RunFolder", "newest_run"]
 
@@ -74,6 +74,7 @@ class RunFolder:
             path = root / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
             try:
                 path.mkdir(parents=True, exist_ok=False)
+                (path / "checkpoints").mkdir()
                 return cls(path.resolve())
             except FileExistsError as error:
                 # A name that the user chose is never changed in silence; the time is only a suggestion.

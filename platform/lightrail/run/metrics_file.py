@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightrail.errors import RunFolderError
-from lightrail.report.files import replace_file, tells_unwritable
+from lightrail.files import replace_file, tells_unwritable
 from lightrail.report.metrics import KEYS, read_metrics, read_rows
 
 __all__ = ["MetricsFile", "read_metrics"]

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightrail import __version__
 from lightrail.errors import Interrupted
-from lightrail.run.atomic import copy_atomically
+from lightrail.files import copy_file
 from lightrail.run.folder import RunFolder
 from lightrail.run.interruption import Interruption
 from lightrail.run.logged_state import load_logged_state, logged_state
@@ -184,7 +184,7 @@ class Observation(Callback):
         self._is_due = False
         self._trainer.save_checkpoint(self.folder.last)
         if self._is_best and self._trainer.is_global_zero:
-            copy_atomically(self.folder.last, self.folder.best)
+            copy_file(self.folder.last, self.folder.best)
         self._is_best = False
         self._interruption.last_checkpoint = f"{self.folder.last} (step {self.steps})"
 

@@ -21,12 +21,12 @@ class Resumed:
     """A run that is to be continued.
 
     Args:
-        folder: Its folder, where the continued run goes on.
+        folder: Its folder, where the continued run goes on; ``None`` for a checkpoint that was moved out of one.
         checkpoint: From which checkpoint.
         lock: What it was made of.
     """
 
-    folder: RunFolder
+    folder: RunFolder | None
     checkpoint: Path
     lock: dict[str, Any]
 
@@ -53,25 +53,27 @@ def find_resumed(overrides: Sequence[str]) -> Resumed | None:
     wanted = typed.get("run.resume")
     if wanted in (None, "", "null"):
         return None
-    if wanted == "latest":
-        folder = newest_run(Path(typed.get("run.root", "runs")))
-        checkpoint = folder.last
-    else:
-        path = Path(wanted)
-        if path.is_dir():
-            folder = RunFolder(path.resolve())
-            checkpoint = folder.last
-        else:
-            checkpoint = path.resolve()
-            folder = RunFolder(checkpoint.parent.parent)
+    folder, checkpoint = _locate(wanted, Path(typed.get("run.root", "runs")))
     if not checkpoint.is_file():
         raise CheckpointError(
             f"there is nothing to resume at {wanted}",
-            found="a run folder without checkpoints/last.ckpt" if folder.path.is_dir() else "no such file or folder",
+            found="a folder without checkpoints/last.ckpt" if Path(wanted).is_dir() else "no such file or folder",
             allowed="a run folder, a checkpoint in one, or 'latest'",
             remedy="Look for a run with a checkpoint under run.root, or start anew.",
         )
-    return Resumed(folder, checkpoint, folder.read_lock() if folder.lock.exists() else _lock_inside(checkpoint))
+    return Resumed(folder, checkpoint, _lock_inside(checkpoint) if folder is None else folder.read_lock())
+
+
+def _locate(wanted: str, root: Path) -> tuple[RunFolder | None, Path]:
+    if wanted == "latest":
+        folder = newest_run(root)
+        return folder, folder.last
+    path = Path(wanted).resolve()
+    if path.is_dir():
+        folder = RunFolder(path)
+        return folder, folder.last
+    folder = RunFolder(path.parent.parent)
+    return (folder if path.parent.name == "checkpoints" and folder.lock.is_file() else None), path
 
 
 def _lock_inside(checkpoint: Path) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lightrail import catalogue
-from lightrail.testing.suite import Check, NonConformance, Outcome, Suite, examine, name_of
+from lightrail.catalogue.distributions import normalised
+from lightrail.catalogue.plugin import Plugin, registered
+from lightrail.errors import PluginError
+from lightrail.options import one_of
+from lightrail.testing.suite import Check, Outcome, Suite, examine, name_of
 
 __all__ = ["SUITES", "Case", "installed_cases", "suite_of"]
 
@@ -31,22 +34,28 @@ def suite_of(kind: str) -> type[Suite]:
 class Case:
     """One check of one installed plugin; as text, its id: ``optimizer-adamw-is_deterministic``."""
 
-    kind: str
-    name: str
+    plugin: Plugin
     check: Check
 
+    @property
+    def label(self) -> str:
+        """The kind and the name, with the distribution where two claim the name."""
+        owner = f"{self.plugin.distribution}:" if self.plugin.state == "duplicate" else ""
+        return f"{self.plugin.kind}-{owner}{self.plugin.name}"
+
     def __str__(self) -> str:
-        return f"{self.kind}-{self.name}-{name_of(self.check)}"
+        return f"{self.label}-{name_of(self.check)}"
 
     def outcome(self) -> Outcome:
         """Runs the check; a plugin that lacks an extra is skipped, one that is broken otherwise has failed."""
         try:
-            plugin = catalogue.load(self.kind, self.name)
+            self.plugin.check_extras()
+        except PluginError as error:
+            return Outcome(name_of(self.check), "skipped", str(error))
+        try:
+            plugin = self.plugin.load()
         except Exception as error:
-            record = catalogue.find(self.kind, self.name)
-            if record.state == "missing_extra":
-                return Outcome(name_of(self.check), "skipped", record.reason)
-            return Outcome(name_of(self.check), "failed", f"it cannot be loaded: {error}", error)
+            return Outcome(name_of(self.check), "failed", str(error), error)
         return examine(self.check, plugin)
 
 
@@ -61,16 +70,15 @@ def installed_cases(kinds: Collection[str] = (), distribution: str = "") -> list
         In the order of the kinds, then of the names, then of the suite.
 
     Raises:
-        NonConformance: A kind has no suite.
+        ConfigurationError: A kind has no suite.
     """
-    unknown = sorted(set(kinds) - set(SUITES))
-    if unknown:
-        raise NonConformance(f"there is no suite for {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    for kind in kinds:
+        one_of(SUITES, kind=kind)
     return [
-        Case(kind, name, check)
+        Case(plugin, check)
         for kind in SUITES
         if not kinds or kind in kinds
-        for name in catalogue.available(kind)
-        if not distribution or catalogue.find(kind, name).distribution == distribution
+        for plugin in registered(kind)
+        if not distribution or normalised(plugin.distribution) == normalised(distribution)
         for check in suite_of(kind).checks
     ]

@@ -118,6 +118,13 @@ def check_returns_the_loss(plugin: Any, options: Options) -> None:
         )
 
 
+def check_is_the_same_under_lightning(plugin: Any, options: Options) -> None:
+    """Under Lightning, with and without accumulation, it takes the path of a loop by hand, bit for bit."""
+    from lightrail.testing.under_lightning import require_same_under_lightning
+
+    require_same_under_lightning(lambda problem: build(plugin, problem, options), traits_of(plugin).evaluates_again)
+
+
 def check_follows_a_scheduler(plugin: Any, options: Options) -> None:
     """A LambdaLR governs the step; a method that sets its own step size ignores or refuses it."""
 
@@ -186,6 +193,7 @@ CHECKS: tuple[Check, ...] = (
     check_takes_or_refuses_a_plain_closure,
     check_spends_the_evaluations_it_declares,
     check_returns_the_loss,
+    check_is_the_same_under_lightning,
     check_follows_a_scheduler,
     check_takes_a_tensor_lr,
     check_offers_its_evaluation_point,

@@ -56,10 +56,9 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def _collected(session: pytest.Session, cases: list[Case]) -> Iterator[pytest.Item]:
     collectors: dict[str, _InstalledPlugin] = {}
     for case in cases:
-        label = f"{case.kind}-{case.name}"
-        if label not in collectors:
-            collectors[label] = _InstalledPlugin.from_parent(session, name=label, nodeid=label)
-        yield _Conformance.from_parent(collectors[label], case=case)
+        if case.label not in collectors:
+            collectors[case.label] = _InstalledPlugin.from_parent(session, name=case.label, nodeid=case.label)
+        yield _Conformance.from_parent(collectors[case.label], case=case)
 
 
 class _InstalledPlugin(pytest.Collector):
@@ -88,8 +87,8 @@ class _Conformance(pytest.Item):
         from lightrail.testing.suite import NonConformance
 
         if isinstance(excinfo.value, NonConformance):
-            return f"{self.case.kind} '{self.case.name}', {self.name}: {excinfo.value}\n  {self.case.check.__doc__}"
+            return f"{self.case.label}, {self.name}: {self.case.check.__doc__}\n  {excinfo.value}"
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        return self.path, None, f"{self.case.kind} {self.case.name}: {self.name}"
+        return self.path, None, f"{self.case.label}: {self.name}"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -167,28 +164,10 @@ def check_gives_its_objectives(plugin: Any, options: Options) -> None:
     require(all(loss.dim() == 0 and loss.requires_grad for loss in losses), "an objective is not 0-d, or has no graph")
 
 
-@contextmanager
-def _trainer() -> Iterator[Any]:
-    """A Trainer for one batch that writes nothing and says nothing."""
-    from lightning.pytorch import Trainer
+def _trainer() -> Any:
+    from lightrail.testing.quiet_trainer import quiet_trainer
 
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=1,
-            limit_test_batches=1,
-            default_root_dir=folder,
-        )
-    logger.setLevel(level)
+    return quiet_trainer(limit_val_batches=1, limit_test_batches=1)
 
 
 def check_validates(plugin: Any, options: Options) -> None:

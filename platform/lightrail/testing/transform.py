@@ -196,6 +196,16 @@ def check_moves_masks_and_statistics_once(plugin: Any, options: Options) -> None
         require(torch.equal(torch.get_rng_state(), random_state), "one step draws random numbers beyond the masks")
 
 
+def check_is_the_same_under_lightning(plugin: Any, options: Options) -> None:
+    """Under Lightning, with and without accumulation, it takes the path of a loop by hand, bit for bit."""
+    from lightrail.testing.under_lightning import require_same_under_lightning
+
+    for inner in INNER.values():
+        require_same_under_lightning(
+            lambda problem, inner=inner: _around(inner, problem, plugin(**options)), evaluates_again=True
+        )
+
+
 CHECKS: tuple[Check, ...] = (
     check_is_documented,
     check_names_its_paper,
@@ -210,6 +220,7 @@ CHECKS: tuple[Check, ...] = (
     check_takes_or_refuses_a_plain_closure,
     check_takes_any_parameters,
     check_moves_masks_and_statistics_once,
+    check_is_the_same_under_lightning,
 )
 
 

@@ -100,7 +100,7 @@ class Hub(SplitData):
                 allowed="one of image=COLUMN and text=COLUMN",
                 remedy="Set data.image for classification or data.text for language modelling.",
             )
-        self.name, self.config = name, config
+        self._source, self.config = name, config
         self.image, self.label, self.text = image, label, text
         self.image_size, self.grayscale, self.context = image_size, grayscale, context
 
@@ -108,11 +108,13 @@ class Hub(SplitData):
     def _tables(self) -> Split[Any]:
         datasets = require("datasets", extra="hub", plugin="data 'hub'")
         try:
-            on_disk = Path(self.name).expanduser().is_dir()
-            found = datasets.load_from_disk(self.name) if on_disk else datasets.load_dataset(self.name, self.config)
+            on_disk = Path(self._source).expanduser().is_dir()
+            found = (
+                datasets.load_from_disk(self._source) if on_disk else datasets.load_dataset(self._source, self.config)
+            )
         except Exception as error:  # what it raises depends on its version, its network and the data set
             raise DataError(
-                f"the data set '{self.name}' cannot be loaded",
+                f"the data set '{self._source}' cannot be loaded",
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 allowed="the name of a data set on the Hugging Face hub, or a folder that save_to_disk wrote",
                 remedy="Check data.name, data.config and the network.",
@@ -141,7 +143,7 @@ class Hub(SplitData):
 
     def _missing(self, what: str, name: str, among: list[str]) -> DataError:
         return DataError(
-            f"the data set '{self.name}' has no {what} '{name}'",
+            f"the data set '{self._source}' has no {what} '{name}'",
             found=", ".join(among),
             allowed=f"a {what} of that data set",
             remedy=f"{closest(name, among)}Choose another {what} or another data set.",

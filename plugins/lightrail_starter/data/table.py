@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,7 @@ def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
 
 
-def _by_number(cell: str) -> Sequence[Any]:
+def _by_number(cell: str) -> tuple[int, float, str]:
     try:
         return (0, float(cell), cell)
     except ValueError:

@@ -77,17 +77,14 @@ def prediction_grid(
         place.axis("off")
     for place, i in zip(axes, chosen, strict=False):
         picture = _displayable(images[i])
-        place.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        place.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         place.axis("on")
         place.set_xticks([])
         place.set_yticks([])
         colour = GREEN if right[i] else RED
         place.spines[:].set(visible=True, color=colour, linewidth=1.0 if right[i] else 2.0)
-        label = (
-            _short(names[prediction[i]])
-            if right[i]
-            else f"{_short(names[prediction[i]])}, not {_short(names[target[i]])}"
-        )
+        label = _short(names[int(prediction[i])])
+        label = label if right[i] else f"{label}, not {_short(names[int(target[i])])}"
         place.set_xlabel(f"{label}\n{sureness[i]:.0%}", fontsize=8, color=colour, labelpad=3)
     figure.suptitle("Predictions on test pictures, mistakes first", x=0.01, ha="left", fontsize=11, fontweight="bold",
                     color=INK)  # fmt: skip

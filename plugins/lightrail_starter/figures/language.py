@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import textwrap
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightrail_starter.figures.style import ACCENT, FAINT, INK, new_figure, titl
 __all__ = ["continuations", "loss_by_position"]
 
 COLUMNS = 84
-LINES = 5
+LINES = 10
 
 
 def loss_by_position(losses: Tensor) -> Figure:
@@ -42,25 +42,36 @@ def continuations(prompts: Tensor, added: Tensor) -> Figure:
         prompts: Bytes, ``[N, T]``.
         added: Bytes, ``[N, L]``.
     """
-    figure, places = new_figure(9, 0.5 + 1.95 * len(prompts), rows=len(prompts))
+    figure, places = new_figure(8, 0.5 + 1.8 * len(prompts), rows=len(prompts))
     for place, prompt, written in zip(places, prompts, added, strict=True):
         place.axis("off")
         place.set(xlim=(0, 1), ylim=(0, 1))
-        before, after = _lines(prompt)[-LINES:], _lines(written)[:LINES]
-        for row, line in enumerate(before + after):
-            colour, weight = ("#9ca3af", "normal") if row < len(before) else (ACCENT, "medium")
-            place.text(
-                0.01, 0.97 - row * 0.1, line, family="monospace", fontsize=9, color=colour, fontweight=weight,
-                va="top", parse_math=False,
-            )  # fmt: skip
-    figure.suptitle("Prompts from the test text (grey) and the model's continuation (blue)", x=0.01, ha="left",
+        before, after = _text(prompt), _text(written)
+        lines = _wrapped([(c, False) for c in before] + [(c, True) for c in after])
+        first = max(0, next((i for i, line in enumerate(lines) if any(new for _, new in line)), 0) - LINES // 2)
+        for row, line in enumerate(lines[first : first + LINES]):
+            # One layer a colour, each with blanks where the other has letters: the font is monospaced.
+            for new, colour in ((False, "#9ca3af"), (True, ACCENT)):
+                layer = "".join(c if is_new is new else " " for c, is_new in line)
+                place.text(0.0, 1 - row / LINES, layer, family="monospace", fontsize=9, color=colour, va="top",
+                           parse_math=False)  # fmt: skip
+    figure.suptitle("Prompts from the test text (grey) and how the model goes on (blue)", x=0.01, ha="left",
                     fontsize=11, fontweight="bold", color=INK)  # fmt: skip
     return figure
 
 
-def _lines(tokens: Tensor) -> list[str]:
-    """Bytes as lines of text; what is not text becomes a replacement character or a dot."""
+def _text(tokens: Tensor) -> str:
+    """Bytes as text; what cannot be shown becomes a replacement character or a dot."""
     text = bytes(int(token) % 256 for token in tokens).decode("utf-8", errors="replace").expandtabs(4)
-    printable = "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
-    lines = [part for line in printable.split("\n") for part in textwrap.wrap(line, COLUMNS, drop_whitespace=False)]
-    return lines or [""]
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+
+def _wrapped(letters: Sequence[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
+    """Letters, with what belongs to each, in lines of at most ``COLUMNS``; empty lines are left out."""
+    lines: list[list[tuple[str, bool]]] = [[]]
+    for letter in letters:
+        if letter[0] == "\n" or len(lines[-1]) == COLUMNS:
+            lines.append([])
+        if letter[0] != "\n":
+            lines[-1].append(letter)
+    return [line for line in lines if line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import netrc
 import os
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,12 +113,11 @@ class Wandb(Logger):
 
     def _start(self) -> Any:
         import wandb.errors
-        import wandb.util
 
         if Wandb._open is not None:
             Wandb._open.close()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._id = self._id or wandb.util.generate_id()
+        self._id = self._id or secrets.token_hex(4)
         chosen = self._resolved_mode()
         for mode in dict.fromkeys((chosen, "offline")):
             try:

@@ -142,7 +142,8 @@ class Classification(LightningModule):
             return {}
         probabilities, target = (torch.cat(parts) for parts in zip(*self._tested, strict=True))
         classes = probabilities.shape[1]
-        names = self._class_names() or [str(i) for i in range(classes)]
+        names = self._class_names()
+        names = list(names) if names is not None and len(names) == classes else [str(i) for i in range(classes)]
         drawn = {"confusion_matrix": confusion_matrix(probabilities.argmax(1), target, names)}
         if self._pictured and self._pictured[0].shape[1] in (1, 3):
             images = torch.cat(self._pictured)

@@ -71,7 +71,8 @@ class LanguageModeling(LightningModule):
         found, losses = self._evaluate(batch, "test")
         self._losses.append(losses.float().cpu())
         if self._prompts is None:
-            self._prompts = batch[0][:PROMPTS].cpu()
+            apart = max(1, len(batch[0]) // PROMPTS)
+            self._prompts = batch[0][::apart][:PROMPTS].cpu()
         return found
 
     def on_test_epoch_start(self) -> None:

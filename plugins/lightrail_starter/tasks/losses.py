@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def loss_named(name: str, among: Mapping[str, LossFn]) -> LossFn:
         _refuse(name, among, f"Check the path: {type(error).__name__}: {error}", error)
     if not callable(found):
         _refuse(name, among, f"It names a {type(found).__name__}, which cannot be called.")
-    return found() if inspect.isclass(found) else found
+    return cast(LossFn, found() if inspect.isclass(found) else found)
 
 
 def _refuse(name: str, among: Mapping[str, LossFn], remedy: str, cause: Exception | None = None) -> NoReturn:

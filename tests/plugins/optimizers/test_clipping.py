@@ -19,7 +19,9 @@ def clipped(transform, *gradients):
     """The gradients after the transform, through a step of SGD at rate 1 from zero."""
     params = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
     optimizer = TransformedOptimizer(torch.optim.SGD(params, lr=1.0), [transform])
-    optimizer.step(Closure(lambda: sum(((p * g).sum() for p, g in zip(params, gradients, strict=True))), params))
+    optimizer.step(
+        Closure(lambda: torch.stack([(p * g).sum() for p, g in zip(params, gradients, strict=True)]).sum(), params)
+    )
     return [-p.detach() for p in params]
 
 

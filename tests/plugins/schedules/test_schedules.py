@@ -194,7 +194,7 @@ def test_a_schedule_scales_both_parts_of_a_combined_optimizer():
 
 def test_a_schedule_drives_sophia_with_a_tensor_rate():
     w = nn.Parameter(torch.ones(3))
-    optimizer = SophiaH([w], lr=torch.tensor(0.5), weight_decay=0.0)
+    optimizer = SophiaH([w], lr=torch.tensor(0.5), weight_decay=0.0)  # type: ignore[arg-type]
     optimizer.param_groups[0]["step"] = 1  # no estimate due
     schedule = linear_decay(optimizer, 2)
     moved = []

@@ -1,0 +1,7 @@
+"""``python -m lightrail.command``."""
+
+import sys
+
+from lightrail.command import main
+
+sys.exit(main())
