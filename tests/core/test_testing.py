@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from lightrail import Closure, Traits, Transform
+from lightrail import Closure, Traits
+from lightrail.step.closure import GradientOnly
 from lightrail.testing import (
     NotApplicable,
     OptimizerSuite,
-    ScheduleSuite,
     Suite,
-    TransformSuite,
     examine,
 )
 from lightrail.testing.suite import name_of
@@ -34,8 +32,6 @@ class Right(Optimizer):
     """Momentum, written with care."""
 
     traits = Traits(rule="m = 0.9 m + g; x -= lr m", paper="made up", state=1, example={"lr": 0.02})
-    keeps_reference = False
-    evaluations = 1
 
     def __init__(self, params: Any, lr: float = 0.02, maximize: bool = False, foreach: bool = False) -> None:
         super().__init__(params, {"lr": lr, "maximize": maximize, "foreach": foreach})
@@ -72,8 +68,65 @@ class Right(Optimizer):
         return loss
 
 
-def test_a_right_optimizer_passes_everything() -> None:
-    assert failures(OptimizerSuite, Right) == set()
+class Averages(Right):
+    """Evaluates at the mean of its path."""
+
+    traits = Traits(paper="made up", state=2, has_evaluation_point=True, example={"lr": 0.02})
+    away: Any = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p, state in self.state.items():
+            state.setdefault("mean", p.clone()).lerp_(p, 0.1)
+        return loss
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        if self.away is None:
+            self.away = {p: p.clone() for p in self.state}
+            for p, state in self.state.items():
+                p.copy_(state["mean"])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for p, value in (self.away or {}).items():
+            p.copy_(value)
+        self.away = None
+
+
+class LooksAhead(Right):
+    """Takes the gradient a step ahead."""
+
+    traits = Traits(paper="made up", state=1, needs_closure=True, extra_evaluations=1, example={"lr": 0.02})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not isinstance(closure, Closure):
+            closure = GradientOnly(closure, [p for group in self.param_groups for p in group["params"]])
+        loss = closure()
+        ahead = [p if p.grad is None else p - 0.01 * self.sign(self.param_groups[0]) * p.grad for p in closure.params]
+        with closure.at(ahead):
+            closure()
+        super().step()
+        return loss
+
+
+class SetsItsStepSize(Right):
+    """Has no lr."""
+
+    traits = Traits(paper="made up", state=1, sets_step_size=True)
+
+    def __init__(self, params: Any) -> None:
+        Optimizer.__init__(self, params, {"maximize": False})
+
+    def rate(self, group: dict[str, Any]) -> Any:
+        return 0.02
+
+
+@pytest.mark.parametrize("plugin", [Right, Averages, LooksAhead, SetsItsStepSize])
+def test_a_right_optimizer_passes_everything(plugin: Any) -> None:
+    assert failures(OptimizerSuite, plugin) == set()
 
 
 class KeepsReferences(Right):
@@ -103,6 +156,15 @@ class EvaluatesTwice(Right):
         if isinstance(closure, Closure):
             closure.loss()
         return loss
+
+
+class CallsTwice(Right):
+    """Calls its closure twice: under accumulation, Lightning's then adds a gradient to the gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
+        return super().step(closure)
 
 
 class IgnoresItsGroup(Right):
@@ -293,6 +355,7 @@ class ExceptsATypo(Right):
         (KeepsReferences, {"keeps_no_gradient_by_reference", "set_to_none_makes_no_difference"}),
         (IgnoresMaximize, {"maximize_is_minimize_negated"}),
         (EvaluatesTwice, {"spends_the_evaluations_it_declares"}),
+        (CallsTwice, {"spends_the_evaluations_it_declares", "is_the_same_under_lightning"}),
         (IgnoresItsGroup, {"takes_groups_with_own_lr", "follows_a_scheduler"}),
         (ForgetsItsState, {"resumes_exactly"}),
         (SavesObjects, {"resumes_exactly"}),
@@ -326,169 +389,6 @@ def test_a_wrong_optimizer_fails_the_check_of_its_mistake(plugin: Any, expected:
         assert examine(by_name[name], plugin).state == "failed", f"{name} passes {plugin.__name__}"
 
 
-class Halves(Transform):
-    """Halves the gradient, and clips what is left."""
-
-    traits: ClassVar[Traits] = Traits(paper="made up")
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        for p in params:
-            if p.grad is not None:
-                p.grad.mul_(0.5).clamp_(-0.1, 0.1)
-
-
-class DoesNothing(Transform):
-    """Edits a copy of the gradient."""
-
-    traits: ClassVar[Traits] = Traits(paper="made up")
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        for p in params:
-            if p.grad is not None:
-                p.grad.clone().mul_(0.5)
-
-
-class LooksAgain(Halves):
-    """Evaluates once more than its traits say."""
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        super().before_step(params, closure)
-        closure.gradient()
-
-
-class WandersOff(Halves):
-    """Leaves the parameters a little off."""
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        super().before_step(params, closure)
-        for p in params:
-            p.add_(1e3).sub_(1e3)
-
-
-class ForgetsItsCount(Halves):
-    """Changes with a count that no checkpoint holds."""
-
-    count = 0
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        self.count += 1
-        for p in params:
-            if p.grad is not None:
-                p.grad.mul_(1 / self.count)
-
-
-class MovesStatistics(Halves):
-    """Evaluates past its closure, with the masks and statistics that this moves."""
-
-    def before_step(self, params: list[Tensor], closure: Any) -> None:
-        super().before_step(params, closure)
-        closure._loss_fn(*closure._batches[0])
-
-
-class NeedsGradients(Halves):
-    """Has not heard of missing gradients."""
-
-    def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        for p in params:
-            assert p.grad is not None
-            p.grad.clamp_(-0.1, 0.1)
-
-
-class SeesTheLastMicroBatch(Halves):
-    """Scales by the loss of the last micro-batch."""
-
-    def before_step(self, params: list[Tensor], closure: Any) -> None:
-        with torch.no_grad():
-            scale = float(closure._loss_fn(*closure._batches[-1]))
-        for p in params:
-            if p.grad is not None:
-                p.grad.mul_(scale)
-
-
-@pytest.mark.parametrize(
-    ("plugin", "expected"),
-    [
-        (DoesNothing, {"changes_the_path"}),
-        (LooksAgain, {"spends_the_evaluations_it_declares"}),
-        (WandersOff, {"returns_to_the_point"}),
-        (ForgetsItsCount, {"resumes_exactly"}),
-        (MovesStatistics, {"moves_masks_and_statistics_once"}),
-        (NeedsGradients, {"takes_any_parameters"}),
-        (SeesTheLastMicroBatch, {"is_exact_under_accumulation"}),
-    ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else None,
-)
-def test_a_wrong_transform_fails_the_check_of_its_mistake(plugin: Any, expected: set[str]) -> None:
-    assert expected <= failures(TransformSuite, plugin)
-
-
-def test_a_right_transform_passes_everything() -> None:
-    assert failures(TransformSuite, Halves) == set()
-
-
-def straight(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
-    """Straight down to zero, after a warm-up."""
-
-    def factor(step: int) -> float:
-        rise = (step + 1) / (warmup_steps + 1)
-        return max(0.0, min(rise, (total_steps - step) / (total_steps - warmup_steps)))
-
-    return LambdaLR(optimizer, factor)
-
-
-def ignores_total_steps(optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Halves every ten steps, whatever the horizon."""
-    return LambdaLR(optimizer, lambda step: 0.5 ** (step // 10))
-
-
-def starts_at_zero(optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Rises from nothing."""
-    return LambdaLR(optimizer, lambda step: step / total_steps)
-
-
-def goes_below_zero(optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Falls for ever."""
-    return LambdaLR(optimizer, lambda step: 1 - 2 * step / total_steps)
-
-
-def stops_at_its_horizon(optimizer: Optimizer, total_steps: int) -> OneCycleLR:
-    """Raises where it has no more to say."""
-    return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=total_steps)
-
-
-def sets_all_groups_alike(optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Takes the lr of the first group for all."""
-    first = optimizer.param_groups[0]["lr"]
-    for group in optimizer.param_groups:
-        group["lr"] = float(first)
-    return straight(optimizer, total_steps)
-
-
-def skips_its_warmup(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
-    """Starts at the top."""
-    return straight(optimizer, total_steps)
-
-
-@pytest.mark.parametrize(
-    ("plugin", "expected"),
-    [
-        (ignores_total_steps, {"honours_total_steps"}),
-        (starts_at_zero, {"starts_above_zero"}),
-        (goes_below_zero, {"is_finite_and_non_negative", "goes_beyond_its_horizon"}),
-        (stops_at_its_horizon, {"goes_beyond_its_horizon"}),
-        (sets_all_groups_alike, {"keeps_the_ratio_of_groups", "takes_a_tensor_lr"}),
-        (skips_its_warmup, {"warms_up"}),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_a_wrong_schedule_fails_the_check_of_its_mistake(plugin: Any, expected: set[str]) -> None:
-    assert expected <= failures(ScheduleSuite, plugin)
-
-
-def test_a_right_schedule_passes_everything() -> None:
-    assert failures(ScheduleSuite, straight) == set()
-
-
 class Excused(IgnoresMaximize):
     """Ignores maximize, and says so."""
 
@@ -517,13 +417,6 @@ def test_a_subclass_runs_under_pytest_and_without() -> None:
     methods = {name for name in dir(TestSGD) if name.startswith("test_")}
     assert methods == {f"test_{name_of(check)}" for check in OptimizerSuite.checks}
     TestSGD().test_is_deterministic()  # type: ignore[attr-defined]
-
-
-def test_a_function_is_a_plugin_of_a_suite_too() -> None:
-    class TestStraight(ScheduleSuite):
-        plugin = straight
-
-    assert all(outcome.state == "passed" for outcome in TestStraight.outcomes())
 
 
 def test_a_suite_without_a_plugin_says_so() -> None:

@@ -6,7 +6,6 @@ import collections.abc as abc
 import os
 import pathlib
 import types
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ForwardRef, Literal, NewType, TypeVar, Union, get_args, get_origin
 
@@ -105,7 +104,7 @@ def text_of(annotation: Any) -> str:
     """An annotation as its author would write it, without module names.
 
     Example:
-        >>> text_of(typing.Optional[dict[str, float]])
+        >>> text_of(dict[str, float] | None)
         'dict[str, float] | None'
     """
     if annotation in (None, type(None)):

@@ -65,8 +65,9 @@ _CHECKS = {
     "union": lambda form, value: any(accepts(each, value) for each in form["of"]),
     "tuple": _fits_tuple,
     "list": lambda form, value: isinstance(value, list | tuple) and all(accepts(form["of"], item) for item in value),
-    "mapping": lambda form, value: isinstance(value, Mapping)
-    and all(accepts(form["of"], item) for item in value.values()),
+    "mapping": lambda form, value: (
+        isinstance(value, Mapping) and all(accepts(form["of"], item) for item in value.values())
+    ),
 }
 
 

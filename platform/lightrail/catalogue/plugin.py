@@ -280,10 +280,10 @@ def unknown_plugin(kind: str, name: str, names: Sequence[str]) -> PluginError:
     elsewhere = [plugin.kind for plugin in registered() if plugin.name == name and plugin.kind != kind]
     hint = closest(name, names)
     if elsewhere and not hint:
-        hint = f"'{name}' is a {elsewhere[0]}: write {elsewhere[0]}={name}. "
+        hint = f"'{name}' is of the kind {elsewhere[0]}: write {elsewhere[0]}={name}. "
     return PluginError(
         f"{kind} '{name}' is not installed",
         found=name,
-        allowed=f"Installed: {', '.join(names) or 'none'}.",
+        allowed=", ".join(names) or "none is installed",
         remedy=f"{hint}If you have just added it, reinstall its package.",
     )

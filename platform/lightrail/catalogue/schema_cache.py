@@ -34,13 +34,18 @@ class Source:
         kind: The kind of plugin.
         target: ``module.Class``.
         origin: What registers it: distribution and version; empty for a path that the user typed.
-        location: The metadata folder of that distribution.
+        location: The metadata folder of that distribution; for a path that was typed, the folder where.
     """
 
     kind: str
     target: str
     origin: str = ""
     location: str = ""
+
+    @classmethod
+    def typed(cls, kind: str, target: str) -> Source:
+        """The source behind a path that the user typed in the current folder."""
+        return cls(kind, target, "", os.getcwd())
 
     @property
     def key(self) -> str:

@@ -87,8 +87,8 @@ def _check_kind(kind: str, target: str, plugin: Any) -> None:
         suits = callable(plugin)
     if not suits:
         raise PluginError(
-            f"'{target}' cannot be a {kind}",
-            found=f"{type(plugin).__name__} {target}",
+            f"'{target}' cannot be {'an' if kind[0] in 'aeiou' else 'a'} {kind}",
+            found=f"{'the class' if isinstance(plugin, type) else type(plugin).__name__} {target}",
             allowed=KINDS[kind].names if kind in KINDS else "a class or a function",
             remedy=f"Name a class of that kind, or a function that returns one, as the {kind}.",
         )
@@ -160,14 +160,10 @@ def _constructor_docstring(plugin: Any) -> str | None:
 
 def _namespace(plugin: Any) -> Mapping[str, Any]:
     """The globals in which the annotations of a signature were written."""
-    function = plugin
-    if isinstance(plugin, type):
-        makers = [getattr(plugin, name, None) for name in ("__init__", "__new__")]
-        function = next((each for each in makers if hasattr(inspect.unwrap(each), "__globals__")), plugin)  # type: ignore[arg-type]
-    written = getattr(inspect.unwrap(function), "__globals__", None)
-    if written is None or isinstance(plugin, type) and "__dataclass_fields__" in vars(plugin):
-        module = sys.modules.get(getattr(plugin, "__module__", ""), None)
-        return vars(module) if module is not None else {}
+    makers = (plugin.__init__, plugin.__new__) if isinstance(plugin, type) else (plugin,)
+    written = next((found for each in makers if (found := getattr(inspect.unwrap(each), "__globals__", None))), None)
+    if written is None or (isinstance(plugin, type) and "__dataclass_fields__" in vars(plugin)):
+        return vars(sys.modules[plugin.__module__]) if getattr(plugin, "__module__", None) in sys.modules else {}
     return written
 
 

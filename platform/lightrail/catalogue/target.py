@@ -46,9 +46,9 @@ def import_target(target: str) -> Any:
             allowed="module.Class, with dots only",
             remedy="Write the module that holds the class, a dot, and the class.",
         )
-    module, depth = _import_longest(parts, target)
+    module, first = _import_longest(parts, target)
     found: Any = module
-    for depth in range(depth, len(parts)):
+    for depth in range(first, len(parts)):
         if not hasattr(found, parts[depth]):
             where = ".".join(parts[:depth])
             public = [name for name in dir(found) if not name.startswith("_")]

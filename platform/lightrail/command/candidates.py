@@ -90,7 +90,9 @@ def _keys(found: Snapshot, typed: Sequence[str], key: str) -> list[str]:
         return sorted(f"{parent}.{name}" for name in _children(found, typed, parent))
     settings = {root: node for root, node in found.config.items() if root not in found.groups}
     roots = [f"{root}." if isinstance(node, dict) else f"{root}=" for root, node in settings.items()]
-    chosen = [f"{group}." for group in found.groups if isinstance(found.config.get(group), dict) or _choice(typed, group)]
+    chosen = [
+        f"{group}." for group in found.groups if isinstance(found.config.get(group), dict) or _choice(typed, group)
+    ]
     return sorted({*roots, *chosen, *(f"{group}=" for group in found.groups)})
 
 
@@ -159,6 +161,6 @@ def _schema(found: Snapshot, typed: Sequence[str], path: str) -> Schema | None:
     option = name or _choice(typed, kind)
     source = found.sources.get(path)
     if option and (name == "" or source is None):
-        source = Source(kind, option) if "." in option else find(kind, option).source
+        source = Source.typed(kind, option) if "." in option else find(kind, option).source
     schema = read_schemas([source])[source] if source is not None else None
     return schema if isinstance(schema, Schema) else None

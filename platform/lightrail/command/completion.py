@@ -52,7 +52,6 @@ end
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
-
 def main(arguments: Sequence[str]) -> int:
     """Prints the script of one shell.
 

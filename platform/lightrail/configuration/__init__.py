@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightrail.configuration.composition import Chosen, Composition, compose, fingerprint
 from lightrail.configuration.help import help_text
 from lightrail.configuration.sweeps import is_sweep, sweep
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = [
     "Chosen",
@@ -20,10 +23,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Hydra is imported where it is needed, not where help is shown.
-    if name == "check_trainer_options":
-        from lightrail.configuration.checks import check_trainer_options
+def check_trainer_options(trainer: DictConfig) -> None:
+    """Checks the keys of ``trainer`` that are Lightning's own against the signature of its Trainer.
 
-        return check_trainer_options
-    raise AttributeError(f"module 'lightrail.configuration' has no attribute '{name}'")
+    Args:
+        trainer: The node ``trainer`` of a composed configuration.
+
+    Raises:
+        ConfigurationError: A key is neither lightrail's nor Lightning's, or has the wrong type.
+    """
+    # Lightning and Hydra are imported where they are needed, not where help is shown.
+    from lightrail.configuration.checks import check_trainer_options as check
+
+    check(trainer)

@@ -60,15 +60,28 @@ def _check_own_keys(config: DictConfig, composed: Composed) -> None:
         root, _, key = path.partition(".")
         node = config if not key else config.get(root)
         if not isinstance(node, DictConfig) or (key or root) not in node:
-            continue
+            raise _taken_away(path, rule.allowed)
         value = _value(node, key or root, path)
         if not rule.fits(value):
             raise ConfigurationError(
                 f"{path} has the wrong type or lies out of its range",
                 found=f"{path}={shown(value)} in {composed.bodies.origin(path, composed.overrides)}",
                 allowed=rule.allowed,
-                remedy=f"Set {path} to an allowed value.",
+                remedy=_quoted(path, value) if rule.allowed.startswith("text") else f"Set {path} to an allowed value.",
             )
+
+
+def _taken_away(path: str, allowed: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} is needed and was taken away",
+        found=f"no {path}",
+        allowed=allowed,
+        remedy=f"Leave {path.partition('.')[0]} as it is, or set {path} itself.",
+    )
+
+
+def _quoted(path: str, value: Any) -> str:
+    return f"""Quote it: '{path}="{shown(value)}"'."""
 
 
 def _check_plugin(pick: Pick, schema: Schema, node: DictConfig, composed: Composed) -> None:
@@ -108,8 +121,8 @@ def _check_type(path: str, parameter: Parameter, value: Any, composed: Composed)
     is_null = value is None and not parameter.required and parameter.default is None
     if is_default or is_null or accepts(parameter.form, value):
         return
-    example = f"; its default is {shown(parameter.default)}" if parameter.has_default else ""
-    hint = f"""Quote it: '{path}="{value}"'.""" if parameter.form == {"is": "str"} and value is not None else ""
+    example = f"; by default {shown(parameter.default)}" if parameter.has_default else ""
+    hint = _quoted(path, value) if parameter.form == {"is": "str"} and value is not None else ""
     if parameter.choices:
         hint = closest(str(value), map(str, parameter.choices))
     raise ConfigurationError(
@@ -124,7 +137,9 @@ def _value(node: DictConfig, key: str, path: str) -> Any:
     """The value of a key, its interpolations resolved."""
     try:
         value = node[key]
-        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+        return (
+            OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+        )
     except MissingMandatoryValue as error:
         raise ConfigurationError(
             f"{path} has no value",

@@ -122,9 +122,7 @@ def _compose(repository: Repository, tokens: Sequence[str], config_name: str, fo
     bodies.drop_what_no_longer_holds(options, chosen_by_hand)
     loader = _Loader(repository)
     config = loader.compose(listed, repository)
-    return Composed(
-        config, tuple(options), defaults, tuple(overrides), bodies, layout, dict(repository.plugin_of)
-    )
+    return Composed(config, tuple(options), defaults, tuple(overrides), bodies, layout, dict(repository.plugin_of))
 
 
 def _groups(config_name: str, folders: Sequence[str], defaults: Collection[str]) -> frozenset[str]:
@@ -173,7 +171,7 @@ def _options(defaults: Sequence[ResultDefault]) -> list[tuple[str, str, str]]:
     for each in defaults:
         option = split_option(each.config_path or "")
         path = each.package or ""
-        if option is None or each.is_self and (*option, path) in found:
+        if option is None or (each.is_self and (*option, path) in found):
             continue
         kind, name = option
         if path.split(".")[0] != kind or path.count(".") != KINDS[kind].many:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from lightrail.kinds import KINDS
 
 __all__ = ["filled"]
 
+
 def filled(composed: Composed) -> tuple[DictConfig, list[Pick]]:
     """The whole configuration, and what it chooses.
 
@@ -21,8 +21,9 @@ def filled(composed: Composed) -> tuple[DictConfig, list[Pick]]:
         composed: What Hydra composed: targets, and what was set explicitly.
     """
     picks = picks_of(composed)
-    written = OmegaConf.to_container(composed.config, resolve=False)
-    assert isinstance(written, dict)
+    plain = OmegaConf.to_container(composed.config, resolve=False)
+    assert isinstance(plain, dict)
+    written: dict[str, Any] = {str(key): value for key, value in plain.items()}
     for kind in KINDS.values():
         if kind.name in composed.layout.groups:
             mine = [pick for pick in picks if pick.kind == kind.name]
@@ -35,4 +36,6 @@ def _nodes(written: Any, picks: list[Pick], many: bool) -> dict[str, Any] | None
     if not many:
         return with_defaults(written, picks[0].target, picks[0].schema) if picks else None
     names = [pick.path.partition(".")[2] for pick in picks]
-    return {name: with_defaults(written[name], pick.target, pick.schema) for name, pick in zip(names, picks, strict=True)}
+    return {
+        name: with_defaults(written[name], pick.target, pick.schema) for name, pick in zip(names, picks, strict=True)
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightrail.catalogue.forms import accepts
 
-__all__ = ["OWN_KEYS", "OwnKey", "PRECISIONS"]
+__all__ = ["OWN_KEYS", "PRECISIONS", "OwnKey"]
 
 PRECISIONS = (
     "32-true", "32", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "64", "16", "bf16",
@@ -37,7 +37,9 @@ def _whole(low: int, *, null: bool = False) -> OwnKey:
 
 
 def _text(*, null: bool = False) -> OwnKey:
-    return OwnKey(lambda value: isinstance(value, str) or (null and value is None), "text" + (", or null" if null else ""))
+    return OwnKey(
+        lambda value: isinstance(value, str) or (null and value is None), "text" + (", or null" if null else "")
+    )
 
 
 def _word(*words: str) -> OwnKey:

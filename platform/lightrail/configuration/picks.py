@@ -10,7 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightrail.catalogue.plugin import Plugin, available, find, schema_at
 from lightrail.catalogue.schema import Schema
-from lightrail.catalogue.schema_cache import Source
+from lightrail.catalogue.signature import schema_of
+from lightrail.catalogue.target import import_target
 from lightrail.configuration.command_line import Token, node_name
 from lightrail.configuration.composing import Composed
 from lightrail.errors import ConfigurationError
@@ -94,7 +95,8 @@ def _pick(kind: str, path: str, node: DictConfig, option: str | None, composed: 
 
 def _schema(kind: str, target: str, plugin: Plugin | None) -> Schema:
     if plugin is None:
-        return schema_at(Source(kind, target), in_process=True)
+        # Typed paths depend on the folder that one is in, so that a cache could answer for another folder's module.
+        return schema_of(kind, target, import_target(target))
     plugin.check_extras()
     return schema_at(plugin.source, in_process=True, plugin=plugin)
 
@@ -156,10 +158,11 @@ def _short(node: DictConfig, key: str) -> Any:
 
 def _not_a_node(path: str, value: Any) -> ConfigurationError:
     kind, _, name = path.partition(".")
+    option = f"{kind}.{node_name(name)}.KEY" if name else f"{kind}.KEY"
     shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return ConfigurationError(
         f"{path} is not a plugin with its options",
         found=f"{path}={shown}",
         allowed=f"a name: {', '.join(available(kind))}",
-        remedy=f"Choose with {kind}=NAME, and set options with {kind}{'.' + node_name(name) if name else ''}.KEY=VALUE.",
+        remedy=f"Choose with {kind}=NAME, and set options with {option}=VALUE.",
     )

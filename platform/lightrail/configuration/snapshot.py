@@ -118,7 +118,7 @@ def _compose(config_name: str, overrides: Sequence[str], folders: Sequence[str])
     config = OmegaConf.to_container(composed.config, resolve=False)
     assert isinstance(config, dict)
     empty = {kind: {} if KINDS[kind].many else None for kind in KINDS if kind in composed.layout.groups}
-    sources = {pick.path: pick.plugin.source if pick.plugin else Source(pick.kind, pick.target) for pick in picks}
+    sources = {pick.path: pick.plugin.source if pick.plugin else Source.typed(pick.kind, pick.target) for pick in picks}
     return {
         "config": {**empty, **{str(key): value for key, value in config.items()}},
         "sources": {path: [each.kind, each.target, each.origin, each.location] for path, each in sources.items()},

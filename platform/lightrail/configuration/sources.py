@@ -146,7 +146,9 @@ class Repository(ConfigRepository):
         bases = [each for each in defaults if isinstance(each, str) and each != "_self_"]
         body["defaults"] = [each for each in defaults if not isinstance(each, str)]
         for base in reversed(bases):
-            varied = PluginSource().load_config(f"{kind}/{base}") if base == name else self.load_config(f"{kind}/{base}")
+            varied = (
+                PluginSource().load_config(f"{kind}/{base}") if base == name else self.load_config(f"{kind}/{base}")
+            )
             if varied is None:
                 continue
             self.plugin_of[kind, name] = self.plugin_of.get((kind, base), base)

@@ -51,7 +51,7 @@ class Case:
         try:
             self.plugin.check_extras()
         except PluginError as error:
-            return Outcome(name_of(self.check), "skipped", str(error))
+            return Outcome(name_of(self.check), "skipped", f"{error.what}: {error.found}. {error.remedy}")
         try:
             plugin = self.plugin.load()
         except Exception as error:

@@ -122,6 +122,7 @@ class Suite:
     extended like any other.
 
     Example:
+        >>> import torch
         >>> from lightrail.testing import OptimizerSuite
         >>> class TestMine(OptimizerSuite):
         ...     plugin = torch.optim.SGD

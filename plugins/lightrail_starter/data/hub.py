@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightrail.errors import DataError, closest
+from lightrail.errors import ConfigurationError, DataError, closest
 from lightrail.options import at_least
 from lightrail_starter.data.byte_windows import VOCABULARY, ByteWindows
 from lightrail_starter.data.images import as_tensor
@@ -94,7 +94,7 @@ class Hub(SplitData):
         super().__init__(batch_size, num_workers, split_seed, val_fraction, test_fraction)
         at_least(1, image_size=image_size, context=context)
         if (image is None) == (text is None):
-            raise DataError(
+            raise ConfigurationError(
                 "data 'hub' needs to know which column to read",
                 found=f"image={image}, text={text}",
                 allowed="one of image=COLUMN and text=COLUMN",

@@ -42,7 +42,7 @@ def continuations(prompts: Tensor, added: Tensor) -> Figure:
         prompts: Bytes, ``[N, T]``.
         added: Bytes, ``[N, L]``.
     """
-    figure, places = new_figure(8, 0.5 + 1.8 * len(prompts), rows=len(prompts))
+    figure, places = new_figure(6.6, 0.5 + 1.8 * len(prompts), rows=len(prompts))
     for place, prompt, written in zip(places, prompts, added, strict=True):
         place.axis("off")
         place.set(xlim=(0, 1), ylim=(0, 1))

@@ -147,6 +147,17 @@ def test_directions_come_from_the_global_generator():
     assert not torch.equal(first[0], draw_directions(like, "gaussian")[0])
 
 
+def test_all_ranks_draw_the_directions_of_the_first(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda seed, src: seed.fill_(5))
+    drawn = []
+    for own_seed in (0, 1):
+        torch.manual_seed(own_seed)
+        drawn.append(draw_directions([torch.zeros(4)], "gaussian")[0])
+    assert torch.equal(*drawn)
+
+
 # When, and of whom.
 
 
