@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightrail.errors import ClosureError
 from lightrail.traits import Traits
+from lightrail_optimizers.tensor_lists import refuse_complex, refuse_sparse
 
 __all__ = ["LBFGS"]
 
@@ -19,12 +21,13 @@ class LBFGS(torch.optim.LBFGS):
     ``d = -H g`` with H, an inverse Hessian, built from the last ``history_size`` pairs of moves and gradient changes;
     ``x += lr d``, up to ``max_iter`` times a step on one and the same batch.
 
-    The arithmetic is :class:`torch.optim.LBFGS`'s, and so are the arguments. It is meant for small problems where the
+    The arithmetic is :class:`torch.optim.LBFGS`'s, and so are the arguments; sparse and complex are refused. It is meant for small problems where the
     batch is all the data, or nearly so: curvature pairs from different mini-batches mislead it. It takes one parameter
     group. Under ``line_search_fn="strong_wolfe"`` the step size is found by search.
 
     Raises:
         ClosureError: ``step`` is called without a closure.
+        ConfigurationError: A complex parameter or a sparse gradient.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
@@ -50,10 +53,28 @@ class LBFGS(torch.optim.LBFGS):
             "Liu, Nocedal, 1989, On the limited memory BFGS method for large scale optimization, doi:10.1007/BF01589116"
         ),
         state=203,  # 100 pairs, the direction, the previous gradient, and one of work space
-        extra_evaluations=19,
+        extra_evaluations=24,
         needs_closure=True,
         example={"max_iter": 4, "line_search_fn": "strong_wolfe"},
+        exceptions={
+            "takes_an_empty_group": "torch's L-BFGS has one direction over all parameters, and so one group",
+            "takes_groups_with_own_lr": "torch's L-BFGS has one direction over all parameters, and so one group",
+            "takes_missing_gradients": "its direction remembers the gradients that a parameter had before",
+        },
     )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex("LBFGS", self.param_groups[-1]["params"])
+
+    def _gather_flat_grad(self) -> Tensor:
+        # As torch's, for gradients of any layout: torch's own takes contiguous ones only.
+        views = []
+        for p in self._params:
+            if p.grad is not None and p.grad.is_sparse:
+                refuse_sparse("LBFGS", p.grad)
+            views.append(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten())
+        return torch.cat(views)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of up to ``max_iter`` moves.

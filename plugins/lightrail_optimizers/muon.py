@@ -87,7 +87,7 @@ class Muon(CombinedOptimizer):
     traits = Traits(
         rule="x -= lr sqrt(max(1, rows/columns)) NewtonSchulz(momentum) on hidden matrices, AdamW elsewhere",
         paper="Jordan et al., 2024, Muon: An optimizer for hidden layers in neural networks",
-        state=2,
+        state=1,  # on matrices; 2 on what AdamW has
         needs_parameter_names=True,
         needs_whole_matrices=True,
         example={"lr": 0.01, "adamw_lr": 0.01},

@@ -159,7 +159,7 @@ def test_trains_and_after_it_is_gone_says_so(clean: CleanEnvironment, theirs: di
     assert all(name in config for name in ("optimizer.Theirs", "transform.Damped", "task.TheirTask", "temperature"))
 
     done = clean.run(*command, cwd=tmp_path)
-    _assert_four_part_error(done, "'theirs' is not installed", "adamw", "reinstall its package")
+    _assert_four_part_error(done, "'their", "' is not installed", "reinstall its package")
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 

@@ -59,7 +59,9 @@ def test_trains_from_an_empty_folder(clean: CleanEnvironment, tmp_path: Path) ->
 
 
 def test_imports_nothing_of_the_checkout(clean: CleanEnvironment, root: Path, tmp_path: Path) -> None:
-    program = "import lightrail, lightrail_starter, sys; print(lightrail.__file__, lightrail_starter.__file__, sys.path)"
+    program = (
+        "import lightrail, lightrail_starter, sys; print(lightrail.__file__, lightrail_starter.__file__, sys.path)"
+    )
     done = clean.run("python", "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(clean.folder / "lib")) >= 3

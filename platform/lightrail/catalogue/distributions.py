@@ -20,6 +20,8 @@ __all__ = ["Distribution", "Entry", "Environment", "environment", "normalised", 
 
 _SUFFIXES = (".dist-info", ".egg-info")
 _ENTRY = re.compile(r"(?P<name>[^=]+?)\s*=\s*(?P<value>[\w.]+(?::[\w.]+)?)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?:#.*)?$")
+# The usual marker; any other is left to `packaging`, whose import takes longer than a whole listing may.
+_EXTRA_ALONE = re.compile(r"""(?P<name>[\w.-]+)[^;]*;\s*extra\s*==\s*["'](?P<extra>[\w.-]+)["']\s*""")
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,19 @@ def requirements(location: str, extra: str) -> list[str]:
         extra: Its name.
     """
     asked = [value for key, value in _headers(location) if key == "requires-dist" and "extra" in value]
-    if not asked:
-        return []
+    return [name for text in asked if (name := _asked_by(text, extra))]
+
+
+def _asked_by(requirement: str, extra: str) -> str:
+    """The normalised name of a requirement that an extra adds here; empty where it adds nothing."""
+    if (match := _EXTRA_ALONE.fullmatch(requirement)) is not None:
+        return normalised(match["name"]) if match["extra"] == extra else ""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    names = []
-    for text in asked:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        marker = requirement.marker
-        if marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
-            names.append(normalised(requirement.name))
-    return names
+    try:
+        read = Requirement(requirement)
+    except InvalidRequirement:
+        return ""
+    marker = read.marker
+    adds = marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+    return normalised(read.name) if adds else ""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sized
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -44,7 +43,7 @@ class SplitData(LightningDataModule):
         self.fractions = Fractions(val_fraction, test_fraction)
 
     @abstractmethod
-    def load(self) -> Split[Dataset[Any]]:
+    def load(self) -> Split[Any]:
         """Reads the data: three map-style data sets whose ``__getitems__`` returns a finished batch."""
 
     @abstractmethod
@@ -52,7 +51,7 @@ class SplitData(LightningDataModule):
         """The named sizes that models and tasks may need."""
 
     @cached_property
-    def parts(self) -> Split[Dataset[Any]]:
+    def parts(self) -> Split[Any]:
         """The three data sets.
 
         Raises:
@@ -60,7 +59,7 @@ class SplitData(LightningDataModule):
         """
         parts = self.load()
         for name in ("train", "val", "test"):
-            size = len(cast(Sized, getattr(parts, name)))
+            size = len(getattr(parts, name))
             needed = self.batch_size if name == "train" else 1
             if size < needed:
                 raise DataError(

@@ -48,7 +48,9 @@ def test_digits_are_the_real_ones():
 
 
 def test_digits_do_not_import_scikit_learn():
-    program = "import sys; from lightrail_starter.data.digits import Digits; Digits().parts; print('sklearn' in sys.modules)"
+    program = (
+        "import sys; from lightrail_starter.data.digits import Digits; Digits().parts; print('sklearn' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -75,7 +76,10 @@ def test_one_offline_run_spans_training_and_test_and_is_resumed_under_its_id(tmp
     logger.close()
     assert offline_runs(folder) == [state["id"]]
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
-    assert b"test_loss" in record.read_bytes()
+    deadline = time.monotonic() + 20  # W&B's own process writes the file
+    while b"test_loss" not in record.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
     resumed = Wandb(folder=str(folder), project="tests")
     resumed.load_state_dict(state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from lightrail_starter.models.mlp import MLP
 from lightrail_starter.models.resnet import ResNet
 from lightrail_starter.models.rotary import Rotary
 
-GPT_OPTIONS = {"vocab_size": 17, "context": 12, "width": 16, "depth": 2, "heads": 2}
+GPT_OPTIONS: Any = {"vocab_size": 17, "context": 12, "width": 16, "depth": 2, "heads": 2}
 
 
 def tokens(batch=2, length=12):

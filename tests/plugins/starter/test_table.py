@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_the_way_back_to_the_units_of_the_file(numbers):
     data = Table(numbers, "price")
     y = torch.cat([part.tensors[1] for part in (data.parts.train, data.parts.val, data.parts.test)])
     found = sorted(data.original_units(y).tolist())
-    known = sorted(float(line.rsplit(",", 1)[1]) for line in open(numbers).read().splitlines()[1:])
+    known = sorted(float(line.rsplit(",", 1)[1]) for line in Path(numbers).read_text().splitlines()[1:])
     assert np.allclose(found, known, rtol=1e-5)
     assert abs(data.target_scale - np.std(known)) < 2
 
@@ -53,7 +55,7 @@ def test_a_target_of_words_makes_classes(tmp_path):
     data = Table(path, "kind", classes=True, ignore=["id"], batch_size=4)
     assert data.dimensions() == {"in_features": 1, "out_features": 3, "num_classes": 3}
     assert data.class_names == ["cat", "dog", "eel"]
-    x, y = next(iter(data.val_dataloader()))
+    _, y = next(iter(data.val_dataloader()))
     assert y.dtype == torch.int64
     assert data.original_units(y) is y
     raw = torch.bincount(data.parts.train.tensors[1])
@@ -104,7 +106,7 @@ def test_words_in_the_target_of_a_regression_point_to_classes(tmp_path):
 
 
 def test_a_row_without_a_class_is_refused(tmp_path):
-    with pytest.raises(DataError, match="line 3, column 'y' .* names no class"):
+    with pytest.raises(DataError, match=r"line 3, column 'y' .* names no class"):
         Table(write(tmp_path, "a,y\n1,yes\n2,\n"), "y", classes=True).dimensions()
 
 
