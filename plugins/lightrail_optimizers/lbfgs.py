@@ -21,9 +21,10 @@ class LBFGS(torch.optim.LBFGS):
     ``d = -H g`` with H, an inverse Hessian, built from the last ``history_size`` pairs of moves and gradient changes;
     ``x += lr d``, up to ``max_iter`` times a step on one and the same batch.
 
-    The arithmetic is :class:`torch.optim.LBFGS`'s, and so are the arguments; sparse and complex are refused. It is meant for small problems where the
-    batch is all the data, or nearly so: curvature pairs from different mini-batches mislead it. It takes one parameter
-    group. Under ``line_search_fn="strong_wolfe"`` the step size is found by search.
+    The arithmetic and the arguments are those of :class:`torch.optim.LBFGS`; complex parameters and sparse gradients
+    are refused. It is meant for small problems where the batch is all the data, or nearly so: curvature pairs from
+    different mini-batches mislead it. It takes one parameter group. Under ``line_search_fn="strong_wolfe"`` the step
+    size is found by search.
 
     Raises:
         ClosureError: ``step`` is called without a closure.

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ from typing import Literal
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Installs a distribution that exists on disk only: its metadata and its modules."""
     monkeypatch.setenv("LIGHTRAIL_CACHE", str(tmp_path / "cache"))
     site = tmp_path / "site"
@@ -117,7 +117,11 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_stops_nothing_else(instal
 def test_a_plugin_that_ends_its_process_does_not_end_ours(install: Install) -> None:
     install(
         "deadly",
-        {"privacy.alive": "fake_alive:Theirs", "privacy.deadly": "fake_deadly:X", "privacy.zalive": "fake_alive:Theirs"},
+        {
+            "privacy.alive": "fake_alive:Theirs",
+            "privacy.deadly": "fake_deadly:X",
+            "privacy.zalive": "fake_alive:Theirs",
+        },
         {"fake_alive": CLASSES, "fake_deadly": "import os; os._exit(7)"},
     )
     found = plugins("privacy", in_process=False)

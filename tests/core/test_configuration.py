@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -29,7 +30,7 @@ Write = Callable[[str, str], Path]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("LIGHTRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
@@ -50,7 +51,7 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module of the user's own in the current folder."""
     (tmp_path / "mine_for_tests.py").write_text(
         "from typing import Literal\n"
@@ -59,7 +60,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    def __init__(self, model, width: int = 3, depth: int = 1, loss: Literal['l1', 'l2'] = 'l2'): ...\n"
         "class Optimizer: pass\n"
         "class Opt(Optimizer):\n"
-        "    def __init__(self, params, lr: float = 7.0, betas: tuple[float, ...] = (0.5,), *, size: 'Path' = None): ...\n"
+        "    def __init__(self, params, lr: float = 7.0, betas: tuple[float, ...] = (0.5,), size: 'Path' = None): ...\n"
         "class Callback:\n"
         "    def __init__(self, every: int = 5): ...\n"
     )
@@ -95,8 +96,12 @@ class TestDefault:
         chosen = compose().chosen
         names = [(each.kind, each.name) for each in chosen]
         assert names[:5] == [
-            ("task", "classification"), ("model", "cnn"), ("data", "digits"), ("optimizer", "adamw"), ("schedule", "cosine"),
-        ]  # fmt: skip
+            ("task", "classification"),
+            ("model", "cnn"),
+            ("data", "digits"),
+            ("optimizer", "adamw"),
+            ("schedule", "cosine"),
+        ]
         assert not any(each.explicit for each in chosen)
         assert all(each.plugin is not None and each.target == each.plugin.target for each in chosen)
 
@@ -146,7 +151,9 @@ class TestChoosing:
         assert one(compose(["optimizer=sgd", "+optimizer=lion"]), "optimizer").name == "lion"
         assert one(compose(["schedule=null", "schedule=constant"]), "schedule").name == "constant"
 
-    @pytest.mark.parametrize("typed", ["transform=[sam,clip_norm]", "+transform=[sam, clip_norm]", "++transform=[sam,clip_norm]"])
+    @pytest.mark.parametrize(
+        "typed", ["transform=[sam,clip_norm]", "+transform=[sam, clip_norm]", "++transform=[sam,clip_norm]"]
+    )
     def test_several_of_one_kind_keep_their_order(self, typed: str) -> None:
         composition = compose([typed, "transform.sam.rho=0.2"])
         several = [each for each in composition.chosen if each.kind == "transform"]
@@ -168,7 +175,9 @@ class TestChoosing:
         composition = compose(["model.dropout=${optimizer.weight_decay}"])
         assert one(composition, "model").options["dropout"] == 0.01
         assert OmegaConf.to_container(composition.config)["model"]["dropout"] == "${optimizer.weight_decay}"  # type: ignore[index]
-        assert mistake("optimizer.lr=${optimizer.foreach}", "optimizer.foreach=true").what.startswith("optimizer.lr has")
+        assert mistake("optimizer.lr=${optimizer.foreach}", "optimizer.foreach=true").what.startswith(
+            "optimizer.lr has"
+        )
 
 
 class TestTargets:
@@ -221,7 +230,7 @@ class TestExperiments:
         assert any("optimizer.betas" in note and "sgd" in note for note in composition.notes)
 
     def test_and_hold_for_it(self) -> None:
-        written = OmegaConf.load(Path(own_folder(), "experiment", "docs_lm.yaml"))
+        written: Any = OmegaConf.load(Path(own_folder(), "experiment", "docs_lm.yaml"))
         config = compose(["experiment=docs_lm"]).config
         for kind in ("data", "model", "optimizer", "schedule"):
             assert all(config[kind][key] == value for key, value in written[kind].items())
@@ -341,14 +350,18 @@ class TestMistakes:
         assert "absent" in mistake(config_dirs=[tmp_path / "absent"]).found
 
     def test_what_is_right_is_accepted(self) -> None:
-        compose(["optimizer.lr=1", "optimizer.foreach=null", "trainer.devices=[0,1]", "trainer.precision=32", "run.name=x"])
+        compose(
+            ["optimizer.lr=1", "optimizer.foreach=null", "trainer.devices=[0,1]", "trainer.precision=32", "run.name=x"]
+        )
         compose(["trainer.devices=auto", "trainer.devices=-1", "optimizer.lr={_target_: torch.tensor, data: 0.1}"])
 
     def test_a_key_of_a_default_can_be_taken_away(self) -> None:
         assert list(compose(["~optimizer.betas"]).config.optimizer.betas) == [0.9, 0.999]
 
     def test_lightnings_own_keys(self) -> None:
-        check_trainer_options(compose(["trainer.gradient_clip_val=1.0", "trainer.limit_train_batches=3"]).config.trainer)
+        check_trainer_options(
+            compose(["trainer.gradient_clip_val=1.0", "trainer.limit_train_batches=3"]).config.trainer
+        )
         for typed, remedy in (
             ("trainer.gradient_clip=1.0", "'gradient_clip_val'"),
             ("trainer.accumulate_grad_batches=2", "trainer.accumulate"),
@@ -404,7 +417,9 @@ class TestFingerprint:
         assert base != fingerprint(compose(["optimizer.lr=1"]).config)
 
     def test_the_order_of_several_counts(self) -> None:
-        first, second = (fingerprint(compose([f"transform=[{names}]"]).config) for names in ("sam,clip_norm", "clip_norm,sam"))
+        first, second = (
+            fingerprint(compose([f"transform=[{names}]"]).config) for names in ("sam,clip_norm", "clip_norm,sam")
+        )
         assert first != second
 
 
@@ -459,7 +474,9 @@ def test_the_help_follows_its_files(write: Write) -> None:
 def test_naming_a_broken_plugin_chains_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_for_tests.py").write_text("1 / 0\n")
     (tmp_path / "broken-1.dist-info").mkdir()
-    (tmp_path / "broken-1.dist-info" / "entry_points.txt").write_text("[lightrail.optimizer]\nbad = broken_for_tests:X\n")
+    (tmp_path / "broken-1.dist-info" / "entry_points.txt").write_text(
+        "[lightrail.optimizer]\nbad = broken_for_tests:X\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     compose()  # stops nothing else
     with pytest.raises(PluginError, match="optimizer 'bad' cannot be loaded") as caught:

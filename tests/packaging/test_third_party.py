@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from clean_environment import CleanEnvironment, build_wheel, write_package
 
-pytestmark = pytest.mark.xdist_group("clean environment")
-
 _PROJECT = """
 [build-system]
 requires = ["hatchling"]

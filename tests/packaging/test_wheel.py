@@ -8,11 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 from clean_environment import CleanEnvironment
-
-# One process makes the environment for all of them.
-pytestmark = pytest.mark.xdist_group("clean environment")
 
 
 def test_holds_packages_configuration_and_licence(root: Path, wheel: Path) -> None:

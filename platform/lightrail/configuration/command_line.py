@@ -51,7 +51,7 @@ class Token:
         if match is None or (match["value"] is None and match["operator"] != "~"):
             raise ConfigurationError(
                 f"'{text}' is not an override",
-                found=text,
+                found=text or "an empty word",
                 allowed="key=value, group=name, ~key; +key=value is the same as key=value",
                 remedy="Put an equals sign between the key and its value, without spaces around it.",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ class Recorder(Callback):
             self.states.append({k: v.detach().clone() for k, v in pl_module.state_dict().items()})
 
 
-def loaders():
+def loaders() -> Any:
     torch.manual_seed(9)
     rows = Rows(torch.randn(24, 4))
     loader = DataLoader(rows, batch_size=4, collate_fn=as_is)
