@@ -191,7 +191,7 @@ def _measure_optimizers(table: Table, rounds: int) -> None:
         for name in available("optimizer"):
             cls = load("optimizer", name)
             if _is_elementwise(cls) and not cls.__module__.startswith("torch."):
-                options = {"hessian_every": 10**9} if traits_of(cls).needs_sampled_loss else {}
+                options = {"update_every": 10**9, "batch_size": 1} if traits_of(cls).needs_sampled_loss else {}
                 makers[f"{name}, {label}"] = lambda p, cls=cls, options=options: cls(p, lr=1e-3, **options)
         samples = _time_updates(makers, sizes, rounds)
         peer = f"AdamW(foreach), {label}"

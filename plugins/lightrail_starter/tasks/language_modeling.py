@@ -103,6 +103,10 @@ class LanguageModeling(LightningModule):
             self.log(f"{stage}_bits_per_byte", loss / math.log(2))
             self.log(f"{stage}_perplexity", loss.exp())
 
+    def num_samples(self, batch: Batch) -> int:
+        """The terms of the mean loss: every byte that is predicted."""
+        return batch[1].numel()
+
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """The mean cross entropy with each next byte drawn from the softmax of the model's own logits.
 
