@@ -1,16 +1,16 @@
 """Every error that a user can cause, in one tree.
 
-    LightrailError
-    ├── UserError                what, found, allowed, remedy; exit code 2, no traceback
-    │   ├── PluginError          unknown, broken, duplicate, or a missing extra
-    │   ├── ConfigurationError   unknown key, wrong type, value out of range (also a ValueError)
-    │   ├── CompositionError     plugins that cannot work together
-    │   ├── DataError            a data file that is missing, empty or malformed
-    │   ├── CheckpointError      unreadable, truncated, foreign, or made by other plugins
-    │   ├── RunFolderError       a run folder that cannot be written
-    │   ├── NonFiniteLoss        the loss became NaN or infinite
-    │   └── ClosureError         a method asked its closure for something that it cannot give
-    └── Interrupted              a signal asked the run to stop; its state is saved
+LightrailError
+├── UserError                what, found, allowed, remedy; exit code 2, no traceback
+│   ├── PluginError          unknown, broken, duplicate, or a missing extra
+│   ├── ConfigurationError   unknown key, wrong type, value out of range (also a ValueError)
+│   ├── CompositionError     plugins that cannot work together
+│   ├── DataError            a data file that is missing, empty or malformed
+│   ├── CheckpointError      unreadable, truncated, foreign, or made by other plugins
+│   ├── RunFolderError       a run folder that cannot be written
+│   ├── NonFiniteLoss        the loss became NaN or infinite
+│   └── ClosureError         a method asked its closure for something that it cannot give
+└── Interrupted              a signal asked the run to stop; its state is saved
 """
 
 from __future__ import annotations

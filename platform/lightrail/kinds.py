@@ -22,12 +22,19 @@ class Kind:
         names: What an entry point of this kind names, for the listing and the documentation.
         many: Whether several can be chosen, in order; each then keeps its options under its own name
             (``transform.sam.rho``).
+        base: The class that a class of this kind extends, by its name so that it need not be imported; a function
+            that returns one is as good.
+        supplied: Parameters that the platform hands over, by name; they are no options.
+        supplies_first: Whether the first parameter, whatever its name, is handed over too.
         commands: The commands whose configuration has this group.
     """
 
     name: str
     names: str
     many: bool = False
+    base: str | None = None
+    supplied: tuple[str, ...] = ()
+    supplies_first: bool = False
     commands: tuple[str, ...] = ("train",)
 
     @property
@@ -38,20 +45,26 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("task", "a LightningModule: owns the loss"),
-        Kind("model", "a torch.nn.Module"),
-        Kind("data", "a LightningDataModule"),
-        Kind("optimizer", "a torch.optim.Optimizer"),
-        Kind("schedule", "a callable (optimizer, total_steps, **options) that returns a torch LRScheduler"),
-        Kind("transform", "a gradient transform: acts between the gradient and the update", many=True),
+        Kind("task", "a LightningModule: owns the loss", base="LightningModule", supplied=("model",)),
+        Kind("model", "a torch.nn.Module", base="Module"),
+        Kind("data", "a LightningDataModule", base="LightningDataModule"),
+        Kind("optimizer", "a torch.optim.Optimizer", base="Optimizer", supplies_first=True),
+        Kind(
+            "schedule",
+            "a callable (optimizer, total_steps, **options) that returns a torch LRScheduler",
+            supplied=("optimizer", "total_steps"),
+        ),
+        Kind(
+            "transform", "a gradient transform: acts between the gradient and the update", many=True, base="Transform"
+        ),
         Kind("sampler", "a solver of the generative process", commands=("generate",)),
         Kind("sampler_wrapper", "what is put around the solver", many=True, commands=("generate",)),
         Kind("guidance", "what steers the prediction", many=True, commands=("generate",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),
         Kind("federated", "a wrapper: takes a run, returns a run"),
-        Kind("callback", "a Lightning Callback", many=True),
-        Kind("metric", "a torchmetrics Metric", many=True),
-        Kind("logger", "a Lightning Logger", many=True),
+        Kind("callback", "a Lightning Callback", many=True, base="Callback"),
+        Kind("metric", "a torchmetrics Metric", many=True, base="Metric"),
+        Kind("logger", "a Lightning Logger", many=True, base="Logger"),
         Kind("launch", "where the run executes", commands=("train", "generate")),
     )
 }

@@ -31,7 +31,7 @@ def run_sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
     """
     from lightrail.configuration import compose, sweep
 
-    jobs = sweep(list(overrides))
+    jobs = sweep(list(overrides), config_dirs=config_dirs)
     for job in jobs:
         # A typo in one job is told before the first is run.
         compose(job, config_dirs=config_dirs)

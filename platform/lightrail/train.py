@@ -48,7 +48,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(f"lightrail {__version__}")
         return 0
     if options.help:
-        print(configuration.help_text("train"))
+        print(configuration.help_text("train", options.config_dir))
         return 0
     if options.cfg:
         from omegaconf import OmegaConf

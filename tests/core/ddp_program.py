@@ -44,8 +44,14 @@ def main() -> None:
             )
             if trainer.is_global_zero:
                 torch.save(task.state_dict(), folder / f"{name}-{accumulate}.pt")
-    fit(folder / "curious", transformed(curious), window=True, max_epochs=1, devices=devices,
-        strategy="ddp" if devices > 1 else "auto")
+    fit(
+        folder / "curious",
+        transformed(curious),
+        window=True,
+        max_epochs=1,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+    )
 
 
 if __name__ == "__main__":

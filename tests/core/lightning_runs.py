@@ -85,14 +85,24 @@ def trainer_for(
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     interruption = Interruption()
     observation = Observation(
-        RunFolder(folder), {"plugins": []}, interruption, every=every, skips_non_finite=on_nan == "skip",
+        RunFolder(folder),
+        {"plugins": []},
+        interruption,
+        every=every,
+        skips_non_finite=on_nan == "skip",
         shows_progress=False,
     )
     arguments = {"logger": False, "callbacks": [], "accelerator": "cpu", "devices": 1, **arguments}
     callbacks = [*arguments.pop("callbacks"), observation]
     trainer = Trainer(
-        callbacks=callbacks, plugins=[AtomicCheckpointIO()], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=str(folder), log_every_n_steps=5,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=str(folder),
+        log_every_n_steps=5,
         **arguments,
     )
     trainer._signal_connector.register_signal_handlers = lambda: None

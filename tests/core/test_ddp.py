@@ -20,7 +20,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
         subprocess.run(
             [sys.executable, str(HERE / "ddp_program.py"), str(folder), str(devices)],
-            env=environment, check=True, capture_output=True, timeout=300,
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=300,
         )
         folders.append(folder)
     compared = sorted(folders[0].glob("*.pt"))

@@ -14,8 +14,13 @@ from lightrail.run.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
 RUN = [
-    "model=mlp", "model.dropout=0.2", "logger=[csv]", "trainer.max_epochs=3", "trainer.accelerator=cpu",
-    "trainer.checkpoint_every=7", "+transform=[run_plugins.LooksTwice]",
+    "model=mlp",
+    "model.dropout=0.2",
+    "logger=[csv]",
+    "trainer.max_epochs=3",
+    "trainer.accelerator=cpu",
+    "trainer.checkpoint_every=7",
+    "+transform=[run_plugins.LooksTwice]",
 ]
 
 
@@ -23,7 +28,12 @@ def train(folder: Path, *overrides: str, **variables: str) -> subprocess.Complet
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
     return subprocess.run(
         [sys.executable, "-m", "lightrail.train", *overrides],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -32,14 +42,20 @@ def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(tmp_path: Path)
     assert whole.returncode == 0, whole.stderr
     step = random.randrange(8, 119)
     killed = train(
-        tmp_path, *RUN, "run.name=killed", "callback=[run_plugins.Signals]",
-        f"callback.Signals.step={step}", f"callback.Signals.number={int(signal.SIGKILL)}",
+        tmp_path,
+        *RUN,
+        "run.name=killed",
+        "callback=[run_plugins.Signals]",
+        f"callback.Signals.step={step}",
+        f"callback.Signals.number={int(signal.SIGKILL)}",
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "runs/killed/summary.json").exists()
     resumed = train(tmp_path, "run.resume=latest", "callback.Signals.step=-1")
     assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "runs/killed/metrics.csv").read_bytes() == (tmp_path / "runs/whole/metrics.csv").read_bytes(), step
+    assert (tmp_path / "runs/killed/metrics.csv").read_bytes() == (tmp_path / "runs/whole/metrics.csv").read_bytes(), (
+        step
+    )
     left, right = (load_checkpoint(tmp_path / "runs" / n / "checkpoints" / "last.ckpt") for n in ("whole", "killed"))
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
         assert str(left[key]) == str(right[key]), (step, key)
@@ -57,9 +73,22 @@ def test_ranks_that_composed_different_configurations_are_refused(tmp_path: Path
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     refused = subprocess.run(
-        [sys.executable, str(program), "model=mlp", "logger=[csv]", "trainer=ddp", "trainer.devices=2",
-         "trainer.accelerator=cpu", "trainer.max_steps=2"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        [
+            sys.executable,
+            str(program),
+            "model=mlp",
+            "logger=[csv]",
+            "trainer=ddp",
+            "trainer.devices=2",
+            "trainer.accelerator=cpu",
+            "trainer.max_steps=2",
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "composed different configurations" in refused.stderr

@@ -97,12 +97,11 @@ def _make_plugins(folder: Path) -> None:
         package = folder / name
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(
-            f"class Method{number}:\n    '''Method {number}.'''\n\n    def __init__(self, params, lr: float = 0.1): ...\n"
+            f"class Method{number}:\n    '''Method {number}.'''\n\n"
+            "    def __init__(self, params, lr: float = 0.1): ...\n"
         )
         metadata = folder / f"{name}-1.0.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (metadata / "RECORD").write_text("")
-        (metadata / "entry_points.txt").write_text(
-            f"[lightrail.optimizer]\nmethod_{number} = {name}:Method{number}\n"
-        )
+        (metadata / "entry_points.txt").write_text(f"[lightrail.optimizer]\nmethod_{number} = {name}:Method{number}\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ class _Bare(pl.LightningModule):
         self.times.append(time.perf_counter())
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
@@ -146,7 +147,7 @@ def _lightning(module: _Bare, logger: bool = False) -> list[float]:
             max_epochs=1,
             accelerator="cpu",
             devices=1,
-            logger=pl.loggers.CSVLogger(folder) if logger else False,
+            logger=CSVLogger(folder) if logger else False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -205,18 +206,21 @@ def _is_elementwise(cls: Any) -> bool:
     return not (traits.needs_parameter_names or traits.needs_second_derivatives or traits.needs_closure)
 
 
+def _quadratic(params: list[Tensor]) -> Closure:
+    def loss(*_: Any) -> Tensor:
+        return torch.stack([p.square().sum() for p in params]).sum()
+
+    return Closure(loss, params, sampled_loss_fn=loss)
+
+
 def _time_updates(
     makers: dict[str, Callable[[list[Tensor]], Any]], sizes: Sequence[tuple[int, ...]], rounds: int
 ) -> dict[str, list[float]]:
     optimizers = {}
     for name, make in makers.items():
-        params = [nn.Parameter(torch.randn(size)) for size in sizes]
-        for p in params:
-            p.grad = torch.randn_like(p)
+        params: list[Tensor] = [nn.Parameter(torch.randn(size)) for size in sizes]
         optimizer = make(params)
-        closure = Closure(lambda params=params: sum((p * p).sum() for p in params), params,
-                          sampled_loss_fn=lambda generator, params=params: sum((p * p).sum() for p in params))
-        optimizer.step(closure)  # the first step makes the state, and looks at the curvature where it does
+        optimizer.step(_quadratic(params))  # the first step makes the state, and looks at the curvature where it does
         for p in params:
             p.grad = torch.randn_like(p)
         optimizers[name] = optimizer

@@ -13,25 +13,10 @@ from lightrail.catalogue.annotations import evaluated, form_of, text_of
 from lightrail.catalogue.docstrings import parameter_lines, summary_of
 from lightrail.catalogue.schema import Parameter, Schema
 from lightrail.errors import PluginError
-from lightrail.kinds import KINDS
+from lightrail.kinds import KINDS, Kind
 from lightrail.traits import traits_of
 
 __all__ = ["schema_of", "signature_parameters", "source_files"]
-
-# What the platform hands over by name, beside an optimizer's first argument.
-_SUPPLIED = {"task": ("model",), "schedule": ("optimizer", "total_steps")}
-
-# The class that a class of each kind extends; a function that returns one is as good.
-_BASES = {
-    "task": "LightningModule",
-    "model": "Module",
-    "data": "LightningDataModule",
-    "optimizer": "Optimizer",
-    "transform": "Transform",
-    "callback": "Callback",
-    "metric": "Metric",
-    "logger": "Logger",
-}
 
 
 def schema_of(kind: str, target: str, plugin: Any) -> Schema:
@@ -53,7 +38,8 @@ def schema_of(kind: str, target: str, plugin: Any) -> Schema:
         return Schema(target, accepts_any_key=True, summary=summary_of(_own_docstring(plugin)))
     parameters = signature_parameters(plugin)
     names = [each.name for each in parameters]
-    supplied = tuple(names[:1]) if kind == "optimizer" else tuple(n for n in _SUPPLIED.get(kind, ()) if n in names)
+    described = KINDS.get(kind, Kind(kind, "a class or a function"))
+    supplied = (*(names[:1] if described.supplies_first else ()), *(n for n in described.supplied if n in names))
     return Schema(
         target=target,
         parameters=tuple(each for each in parameters if each.name not in supplied),
@@ -80,7 +66,7 @@ def signature_parameters(plugin: Any) -> list[Parameter]:
 
 
 def _check_kind(kind: str, target: str, plugin: Any) -> None:
-    base = _BASES.get(kind)
+    base = KINDS[kind].base if kind in KINDS else None
     if isinstance(plugin, type):
         suits = base is None or any(ancestor.__name__ == base for ancestor in plugin.__mro__)
     else:

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightrail.report import sections
 from lightrail.files import replace_file
+from lightrail.report import sections
 from lightrail.report.pictures import curve_pictures, figure_pictures
 from lightrail.report.record import RunRecord
 

@@ -40,7 +40,7 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = _make_one(resolved, "data", {})
     sizes = dict(data.dimensions()) if data is not None and hasattr(data, "dimensions") else {}
-    notes = list(resolved.notes)
+    notes = [*composition.notes, *resolved.notes]
     task = _make_task(resolved, sizes, notes)
     if data is not None and not isinstance(data, LightningDataModule):
         raise _wrong_class("data", type(data), "a LightningDataModule")
@@ -109,9 +109,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
         return plain
     from hydra.utils import instantiate
 
-    return {
-        key: instantiate(value, _convert_="all") if _names_target(value) else value for key, value in plain.items()
-    }
+    return {key: instantiate(value, _convert_="all") if _names_target(value) else value for key, value in plain.items()}
 
 
 def _names_target(value: Any) -> bool:

@@ -262,8 +262,8 @@ class _Record:
     def _write_report(self, status: str) -> None:
         from lightrail.report import write_report
 
-        figures = getattr(self._run.task, "figures", None)
-        drawn = figures() if callable(figures) and status == "finished" else {}
+        figures: Any = getattr(self._run.task, "figures", None)
+        drawn: Any = figures() if callable(figures) and status == "finished" else {}
         write_report(self._observation.folder.path, figures=drawn)
 
     def _seen(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ Lightning's own hooks all lie to one side or the other of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
@@ -67,7 +67,7 @@ class _PositionedSource:
     def dataloader(self) -> PositionedLoader:
         loader = self._source.dataloader()
         if isinstance(loader, CombinedLoader):
-            return PositionedLoader(loader.iterables, mode=loader._mode)
+            return PositionedLoader(loader.iterables, mode=cast(Any, loader._mode))
         return PositionedLoader(loader, "max_size_cycle")
 
 
@@ -176,7 +176,7 @@ def _skip(data_fetcher: _DataFetcher, batches: int) -> None:
     loaders = data_fetcher.combined_loader.flattened
     if len(loaders) == 1 and isinstance(loaders[0], DataLoader) and loaders[0].num_workers == 0:
         # In-process loading: drawing the indices is enough, the samples need not be read.
-        inner = iterator.iterators[0]
+        inner: Any = iterator.iterators[0]
         if hasattr(inner, "_next_index"):
             for _ in range(batches):
                 inner._next_index()

@@ -67,7 +67,7 @@ class Observation(Callback):
         """Connects to a trainer before it runs."""
         self._trainer = trainer
         self._loop = loop
-        self._log_every = trainer.log_every_n_steps or 50
+        self._log_every: int = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         on_cpu = trainer.strategy.root_device.type == "cpu"
         self.training = TrainingMetrics(checks_each=on_cpu, accumulate=trainer.accumulate_grad_batches)
         loop.at_boundary = self.at_boundary

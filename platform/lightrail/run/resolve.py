@@ -105,7 +105,8 @@ def _check_devices(trainer: Any) -> None:
                 "the run asks for more devices than there are",
                 found=f"trainer.accelerator={accelerator} trainer.devices={devices}",
                 allowed=allowed,
-                remedy="Ask for fewer with trainer.devices=N, or use trainer=cpu." if present == 0
+                remedy="Ask for fewer with trainer.devices=N, or use trainer=cpu."
+                if present == 0
                 else f"Ask for at most trainer.devices={present}.",
             )
     elif accelerator == "auto" and present and isinstance(wanted, int) and wanted > present:

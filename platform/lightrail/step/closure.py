@@ -244,9 +244,7 @@ class Closure:
         parts = [self._split(batch, count) for batch in self._batches]
         found = []
         for part in range(count):
-            _, gradients = self._gradient_of(
-                self._loss_fn, [parts[index][part] for index in range(len(self._batches))]
-            )
+            _, gradients = self._gradient_of(self._loss_fn, [parts[index][part] for index in range(len(self._batches))])
             found.append(self._filled(gradients))
         return found
 
@@ -398,7 +396,8 @@ class Closure:
                 else "Pass the batch to lightrail.Closure rather than closing over it.",
             )
         slices = [
-            torch.tensor_split(leaf, count) if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+            torch.tensor_split(leaf, count)
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
             else [leaf] * count
             for leaf in leaves
         ]

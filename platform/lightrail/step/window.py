@@ -157,11 +157,11 @@ class WindowLoop(_AutomaticOptimization):
         self.skipped_updates = 0
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        assert isinstance(optimizer, TransformedOptimizer)
         closure = self._make_closure(kwargs, optimizer, batch_idx)
         strategy = self.trainer.strategy
         if self._window is None:
             self._statistics = self._statistics or Statistics(self.trainer.lightning_module)
-            assert isinstance(optimizer, TransformedOptimizer)
             self._window = WindowClosure(self.trainer, optimizer.params, self._statistics, self._skips_non_finite)
         self._window.add(kwargs, closure)
         if self.trainer.fit_loop._should_accumulate():

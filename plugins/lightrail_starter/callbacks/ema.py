@@ -177,5 +177,4 @@ class EMA(Callback):
         self._find(pl_module)
         average = {place: checkpoint["state_dict"][name] for name, place in self._names.items()}
         self._other = [average[place].clone() for place in range(len(average))]
-        self._is_swapped = False
         pl_module.load_state_dict(checkpoint["current_model_state"])

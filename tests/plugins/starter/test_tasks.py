@@ -194,16 +194,16 @@ def test_a_table_of_classes_has_no_grid_of_pictures(tmp_path):
     assert [t.get_text() for t in figures["confusion_matrix"].axes[0].get_xticklabels()] == ["no", "yes"]
 
 
-def test_not_a_number_is_not_hidden():
+def test_not_a_number_in_one_batch_of_validation_is_not_hidden():
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(64, 10)
 
         def forward(self, x):
-            return self.linear(x.flatten(1)) * torch.nan
+            return self.linear(x.flatten(1)) * (torch.nan if len(x) == 69 else 1.0)
 
-    validated, _ = trained(Classification(Broken()), Digits(batch_size=500))
+    validated, _ = trained(Classification(Broken()), Digits(batch_size=200))
     assert math.isnan(validated["val_loss"])
 
 
