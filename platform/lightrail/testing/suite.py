@@ -20,11 +20,11 @@ Check = Callable[[Any, Mapping[str, Any]], None]
 State = Literal["passed", "failed", "skipped", "expected"]
 
 
-class NonConformance(AssertionError):  # noqa: N818 - named for what it finds
+class NonConformance(AssertionError):
     """A plugin does not keep the contract of its kind; the message says what was expected and what was seen."""
 
 
-class NotApplicable(Exception):  # noqa: N818 - it is an answer, not an error
+class NotApplicable(Exception):
     """A check has nothing to say of this plugin; the message says why."""
 
 
