@@ -7,5 +7,5 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent / "core")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "packaging")]
 os.environ.setdefault("LIGHTRAIL_CACHE", tempfile.mkdtemp(prefix="lightrail-cache-"))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import lightning_runs
 import torch
-from lightning_runs import fit, transformed
+from lightning_runs import fit, problem, transformed
 from test_step import Climb, adamw, curious
 from torch import nn
+
+from lightrail.errors import NonFiniteLoss
 
 
 class Net(nn.Sequential):
@@ -52,6 +54,29 @@ def main() -> None:
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
     )
+
+    poison(folder, devices, rank)
+
+
+def poison(folder: Path, devices: int, rank: int) -> None:
+    """One rank alone meets a loss that is not finite; all of them must stop."""
+    data = problem()
+    data.tensors[0][17] = float("nan")
+    try:
+        fit(
+            folder / "poisoned",
+            adamw,
+            dataset=data,
+            shuffle=False,
+            sampler=range(rank, 72, devices),
+            batch_size=8 // devices,
+            max_epochs=1,
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            use_distributed_sampler=False,
+        )
+    except NonFiniteLoss as error:
+        (folder / f"refused-{rank}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             timeout=300,
         )
         folders.append(folder)
+    assert len(list(folders[0].glob("refused-*.txt"))) == 1
+    assert [p.read_text().splitlines()[0] for p in sorted(folders[1].glob("refused-*.txt"))] == [
+        "the loss became nan at step 3"
+    ] * 2
     compared = sorted(folders[0].glob("*.pt"))
     assert len(compared) == 6
     for one in compared:

@@ -198,6 +198,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(caps
     assert all(torch.isfinite(value).all() for value in weights(Path("runs/skipped")).values())
 
 
+def test_a_truncated_checkpoint_is_refused_and_nothing_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run.name=cut") == 0
+    before = {path: path.read_bytes() for path in Path("runs/cut").glob("*") if path.is_file()}
+    last = Path("runs/cut/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:1000])
+    assert main(["run.resume=runs/cut"]) == 2
+    error = capsys.readouterr().err
+    assert_four_parts(error)
+    assert "cannot be read" in error
+    assert {path: path.read_bytes() for path in Path("runs/cut").glob("*") if path.is_file()} == before
+
+
 def test_a_changed_plugin_is_refused_until_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run.name=old", "optimizer=adamw") == 0
     lock = Path("runs/old/lock.json")

@@ -45,6 +45,8 @@ def execute(run: Run, *, show_progress: bool) -> Result:
     if run.resumed is not None:
         accept = bool(run.composition.config.run.accept_changes)
         notes += check_lock(run.resumed.lock, lock, accept_changes=accept)
+        # Before anything of the run that it continues is touched.
+        load_checkpoint(run.resumed.checkpoint)
     with _folder_for_children():
         return _execute_in(run, _open_folder(run, lock), lock, notes, began, show_progress)
 
@@ -177,8 +179,6 @@ def _attach_optimizer(run: Run, trainer: Trainer) -> None:
 
 def _fit(run: Run, trainer: Trainer, observation: Observation) -> None:
     checkpoint = run.resumed.checkpoint if run.resumed is not None else None
-    if checkpoint is not None:
-        observation.steps = int(load_checkpoint(checkpoint)["lightrail"]["steps"])
     with _as_user_errors():
         trainer.fit(run.task, datamodule=run.data, ckpt_path=None if checkpoint is None else str(checkpoint))
 

@@ -59,6 +59,7 @@ class Observation(Callback):
         self._skips_non_finite = skips_non_finite
         self._shows_progress = shows_progress
         self._is_due = self._is_best = self._is_saved_for_good = False
+        self._bad: tuple[int, float] | None = None
         self._epoch_is_open = True
         self._saved_step = -1
         self._carried: dict[str, Any] | None = None
@@ -82,7 +83,9 @@ class Observation(Callback):
         steps = loop.global_step
         bad = self.training.add(outputs, steps)
         if bad is not None and not self._skips_non_finite:
-            self._non_finite(steps, bad)
+            self._bad = self._bad or (steps, bad)
+            if trainer.world_size == 1:
+                self._stop_if_not_finite()
         if self._carried is not None:
             self._carried = load_logged_state(trainer, self._carried)
         if steps != self.steps:
@@ -138,7 +141,6 @@ class Observation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_saved_for_good:
-            self._check_kept_losses()
             self._epoch_is_open = False
             self.save()
         self._progress.close()
@@ -160,26 +162,28 @@ class Observation(Callback):
     def at_boundary(self) -> None:
         """Before the next batch is fetched: everything of the past is done."""
         trainer = self._trainer
-        signal_number = self._agreed_signal()
+        signal_number = self._agreed(self._interruption.signal_number or 0)
+        if trainer.world_size > 1:
+            self._stop_if_not_finite()
         if self._loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
             return  # gradients of half a window are not saved: the step ends first
         steps = self.steps
         if signal_number:
-            self._check_kept_losses()
             self.save()
             raise Interrupted(signal_number, steps, str(self.folder.path))
         if self._is_due or (self._every and steps % self._every == 0 and steps != self._saved_step and steps):
-            self._check_kept_losses()
             self.save()
 
     def at_horizon(self) -> None:
         """The last step fell in the middle of an epoch; a longer run goes on from here."""
-        self._check_kept_losses()
         self.save()
         self._is_saved_for_good = True
 
     def save(self) -> None:
         """Writes ``last.ckpt``, and ``best.ckpt`` where this is the best so far. All ranks take part."""
+        self._look_for_non_finite()
+        if self._trainer.world_size > 1:
+            self._stop_if_not_finite()
         self._saved_step = self.steps
         self._is_due = False
         self._trainer.save_checkpoint(self.folder.last)
@@ -232,7 +236,7 @@ class Observation(Callback):
     # The parts.
 
     def _log(self, trainer: Trainer) -> None:
-        self._check_kept_losses()
+        self._look_for_non_finite()
         metrics = self.training.flush(trainer)
         if not metrics:
             return
@@ -243,18 +247,21 @@ class Observation(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step)
 
-    def _check_kept_losses(self) -> None:
-        if self._skips_non_finite:
-            return
-        found = self.training.first_non_finite()
-        if found is not None:
-            self._non_finite(*found)
+    def _look_for_non_finite(self) -> None:
+        if not self._skips_non_finite:
+            self._bad = self._bad or self.training.first_non_finite()
+            if self._trainer.world_size == 1:
+                self._stop_if_not_finite()
 
-    def _non_finite(self, step: int, value: float) -> None:
-        raise non_finite_loss(step, value, self._interruption.last_checkpoint)
+    def _stop_if_not_finite(self) -> None:
+        """Ends the run where a loss was not finite: on all ranks at once, or those that go on would wait for ever."""
+        step = self._agreed(self._bad[0] if self._bad else 0)
+        if step:
+            value = self._bad[1] if self._bad else math.nan
+            raise non_finite_loss(step, value, self._interruption.last_checkpoint)
 
-    def _agreed_signal(self) -> int:
-        mine = self._interruption.signal_number or 0
+    def _agreed(self, mine: int) -> int:
+        """The greatest of what the ranks say; every rank asks at the same point."""
         if self._trainer.world_size == 1:
             return mine
         flag = torch.tensor([mine], device=self._trainer.strategy.root_device)

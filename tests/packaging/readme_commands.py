@@ -1,0 +1,70 @@
+"""The README as commands and pieces of Python, for the tests that execute them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MINE = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class MyModule(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch):
+        return self.layer(batch[0]).square().mean()
+
+
+class MyData(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(32, 3)), batch_size=8)
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(README.read_text()) if found == language]
+
+
+def commands() -> list[str]:
+    lines = [line.partition(" #")[0].strip() for text in blocks("bash") for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("./scripts/")]
+
+
+def is_long(command: str) -> bool:
+    """Whether it trains for more than some seconds; such commands are a file of tests of their own."""
+    return any(word in command for word in ("docs_lm", "train -m", "trainer=ddp"))
+
+
+def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user would, in ``folder``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment.pop("LIGHTRAIL_RUN_FOLDER", None)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def execute(folder: Path, command: str) -> None:
+    """Runs one line of the README and asserts that it ended as it should."""
+    (folder / "mine.py").write_text(MINE)
+    words = shlex.split(command)
+    program = Path(sys.executable).with_name(words[0])
+    if "run.resume=latest" in words:
+        stopped = run(folder, [str(program), "trainer.max_epochs=1"])
+        assert stopped.returncode == 0, stopped.stderr
+    finished = run(folder, [str(program), *words[1:]])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    if words[0] == "train" and "--help" not in words:
+        assert "run folder" in finished.stdout or "report.html" in finished.stdout
+        assert "Traceback" not in finished.stderr
