@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
         Kind("federated", "a wrapper: takes a run, returns a run"),
         Kind("callback", "a Lightning Callback", many=True, base="Callback"),
         Kind("metric", "a torchmetrics Metric", many=True, base="Metric"),
-        Kind("logger", "a Lightning Logger", many=True, base="Logger"),
+        Kind("logger", "a Lightning Logger", many=True, base="Logger", supplied=("folder",)),
         Kind("launch", "where the run executes", commands=("train", "generate")),
     )
 }

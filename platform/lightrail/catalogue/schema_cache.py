@@ -23,7 +23,16 @@ __all__ = ["Source", "read_schemas"]
 
 # How long one plugin may take to import before it counts as broken, in seconds.
 PATIENCE = 120.0
-_SUBJECT_FILES = ("annotations.py", "docstrings.py", "forms.py", "reading.py", "schema.py", "signature.py")
+_SUBJECT_FILES = (
+    "annotations.py",
+    "docstrings.py",
+    "forms.py",
+    "reading.py",
+    "schema.py",
+    "signature.py",
+    "../kinds.py",
+    "../traits.py",
+)
 
 
 @dataclass(frozen=True)

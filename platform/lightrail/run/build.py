@@ -38,10 +38,11 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
     check_trainer_options(config.trainer)
     # Before the first weight is drawn.
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    data = _make_one(resolved, "data", {})
+    data = _make_one(resolved, "data")
     sizes = dict(data.dimensions()) if data is not None and hasattr(data, "dimensions") else {}
+    _record_sizes(composition, resolved, sizes)
     notes = [*composition.notes, *resolved.notes]
-    task = _make_task(resolved, sizes, notes)
+    task = _make_task(resolved)
     if data is not None and not isinstance(data, LightningDataModule):
         raise _wrong_class("data", type(data), "a LightningDataModule")
     optimizer, schedule = _factories(resolved, task, notes)
@@ -53,7 +54,7 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         schedule=schedule,
         transforms=[make(resolved, each) for each in resolved.chosen.get("transform", ())],
         callbacks=[make(resolved, each) for each in resolved.chosen.get("callback", ())],
-        metrics={each.name: make(resolved, each, sizes) for each in resolved.chosen.get("metric", ())},
+        metrics={each.name: make(resolved, each) for each in resolved.chosen.get("metric", ())},
         loggers=[_logger_factory(resolved, each) for each in resolved.chosen.get("logger", ())],
         method_traits=tuple(
             traits_of(resolved.object(each))
@@ -69,6 +70,24 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         if wrapper is not None:
             run = make(resolved, wrapper).wrap(run)
     return run
+
+
+def _record_sizes(composition: Composition, resolved: Resolved, sizes: Mapping[str, Any]) -> None:
+    """What the data says of its sizes becomes part of the configuration, where the user left it open."""
+    for kind in ("model", "task", "metric"):
+        for each in resolved.chosen.get(kind, ()):
+            parameters = _parameters(resolved.object(each))
+            for name in parameters.keys() & sizes.keys():
+                if each.options.get(name) is None:
+                    each.options[name] = sizes[name]
+                    OmegaConf.update(composition.config, f"{each.path}.{name}", sizes[name], force_add=True)
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def make(resolved: Resolved, chosen: Chosen, supplied: Mapping[str, Any] | None = None) -> Any:
@@ -89,11 +108,7 @@ def make(resolved: Resolved, chosen: Chosen, supplied: Mapping[str, Any] | None 
 def options_of(target: Any, chosen: Chosen, supplied: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for a plugin: what was configured, and what the platform knows where the user said nothing."""
     options = _plain(chosen.options)
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return options
-    for name, parameter in parameters.items():
+    for name, parameter in _parameters(target).items():
         if name in supplied and options.get(name) is None:
             options[name] = supplied[name]
         elif isinstance(parameter.default, tuple) and isinstance(options.get(name), list):
@@ -157,21 +172,21 @@ def _wrong_class(kind: str, found: type, wanted: str) -> CompositionError:
     )
 
 
-def _make_one(resolved: Resolved, kind: str, sizes: Mapping[str, Any]) -> Any:
+def _make_one(resolved: Resolved, kind: str) -> Any:
     chosen = resolved.one(kind)
-    return None if chosen is None else make(resolved, chosen, sizes)
+    return None if chosen is None else make(resolved, chosen)
 
 
-def _make_task(resolved: Resolved, sizes: Mapping[str, Any], notes: list[str]) -> LightningModule:
+def _make_task(resolved: Resolved) -> LightningModule:
     chosen = resolved.one("task")
     assert chosen is not None
     target = resolved.object(chosen)
-    parameters = inspect.signature(target).parameters
-    supplied = dict(sizes)
+    parameters = _parameters(target)
+    supplied: dict[str, Any] = {}
     model = resolved.one("model")
     if "model" in parameters and "model" not in chosen.options:
         if model is not None:
-            supplied["model"] = _make_one(resolved, "model", sizes)
+            supplied["model"] = _make_one(resolved, "model")
     elif model is not None and model.explicit:
         raise CompositionError(
             f"task '{chosen.name}' takes no model",
