@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import warnings
@@ -42,6 +43,7 @@ def measure(rounds: int) -> Table:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             _measure_loops(table, rounds)
             _measure_optimizers(table, rounds)
     finally:
@@ -106,7 +108,7 @@ class Tracked(_Bare):
         x, y = batch
         logits = self.model(x)
         loss = F.cross_entropy(logits, y)
-        return {"loss": loss, "accuracy": (logits.detach().argmax(-1) == y).float().mean()}
+        return {"loss": loss, "accuracy": logits.argmax(-1).eq(y).mean(dtype=torch.float32)}
 
 
 def _measure_loops(table: Table, rounds: int) -> None:

@@ -118,7 +118,7 @@ def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
 def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trainer:
     arguments = {_RENAMED.get(key, key): value for key, value in run.trainer.items() if key not in _OWN}
     skips = run.composition.config.run.on_nan == "skip"
-    callbacks: list[Callback] = [_Agreement(run, observation), observation]
+    callbacks: list[Callback] = [observation]
     if run.metrics:
         callbacks.insert(0, AddedMetrics(run.metrics))
     with _as_user_errors():
@@ -137,6 +137,8 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trai
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     loop = install_loops(trainer, window=_needs_window(run, trainer), skips_non_finite=skips)
     observation.attach(trainer, loop)
+    if trainer.world_size > 1:
+        observation.on_setup = lambda: _agree(run, trainer, observation)
     return trainer
 
 
@@ -194,28 +196,20 @@ def _test(run: Run, trainer: Trainer, observation: Observation) -> None:
     trainer.test(run.task, datamodule=run.data, verbose=False)
 
 
-class _Agreement(Callback):
-    """At set-up, every rank learns the first one's folder and proves that it composed the same configuration."""
-
-    def __init__(self, run: Run, observation: Observation) -> None:
-        self._fingerprint = fingerprint(run.composition.config)
-        self._observation = observation
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.world_size == 1:
-            return
-        path = trainer.strategy.broadcast(str(self._observation.folder.path))
-        self._observation.folder = RunFolder(Path(path))
-        found: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(found, self._fingerprint)
-        if len(set(found)) > 1:
-            odd = [rank for rank, each in enumerate(found) if each != found[0]]
-            raise CompositionError(
-                "the ranks composed different configurations",
-                found=f"ranks {odd} differ from rank 0",
-                allowed="one configuration on all ranks",
-                remedy="Remove what differs between processes: times, random or environment resolvers, local files.",
-            )
+def _agree(run: Run, trainer: Trainer, observation: Observation) -> None:
+    """Every rank learns the first one's folder and proves that it composed the same configuration."""
+    path = trainer.strategy.broadcast(str(observation.folder.path))
+    observation.folder = RunFolder(Path(path))
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, fingerprint(run.composition.config))
+    if len(set(found)) > 1:
+        odd = [rank for rank, each in enumerate(found) if each != found[0]]
+        raise CompositionError(
+            "the ranks composed different configurations",
+            found=f"ranks {odd} differ from rank 0",
+            allowed="one configuration on all ranks",
+            remedy="Remove what differs between processes: times, random or environment resolvers, local files.",
+        )
 
 
 class _Record:

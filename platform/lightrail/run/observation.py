@@ -6,7 +6,7 @@ One, because Lightning asks every callback at every hook of every step, and a st
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Observation(Callback):
         self.folder = folder
         self.best: dict[str, Any] | None = None
         self.evaluated: dict[str, float] = {}
+        self.on_setup: Callable[[], None] | None = None
         self.steps = 0
         self._lock = lock
         self._interruption = interruption
@@ -68,13 +69,21 @@ class Observation(Callback):
         """Connects to a trainer before it runs."""
         self._trainer = trainer
         self._loop = loop
+        self._is_alone = trainer.world_size == 1
+        self._accumulate = trainer.accumulate_grad_batches
         self._log_every: int = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         on_cpu = trainer.strategy.root_device.type == "cpu"
         self.training = TrainingMetrics(checks_each=on_cpu, accumulate=trainer.accumulate_grad_batches)
         loop.at_boundary = self.at_boundary
         loop.at_horizon = self.at_horizon
 
-    # The hot path.
+    # The hot path. Lightning passes over hooks that are no function; each of these would cost microseconds a step.
+
+    on_train_batch_start = None  # type: ignore[assignment]
+    on_before_zero_grad = None  # type: ignore[assignment]
+    on_before_backward = None  # type: ignore[assignment]
+    on_after_backward = None  # type: ignore[assignment]
+    on_before_optimizer_step = None  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -84,7 +93,7 @@ class Observation(Callback):
         bad = self.training.add(outputs, steps)
         if bad is not None and not self._skips_non_finite:
             self._bad = self._bad or (steps, bad)
-            if trainer.world_size == 1:
+            if self._is_alone:
                 self._stop_if_not_finite()
         if self._carried is not None:
             self._carried = load_logged_state(trainer, self._carried)
@@ -95,6 +104,10 @@ class Observation(Callback):
                 self._log(trainer)
 
     # Epochs and validation.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.on_setup is not None:
+            self.on_setup()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.steps = trainer.global_step
@@ -161,11 +174,11 @@ class Observation(Callback):
 
     def at_boundary(self) -> None:
         """Before the next batch is fetched: everything of the past is done."""
-        trainer = self._trainer
-        signal_number = self._agreed(self._interruption.signal_number or 0)
-        if trainer.world_size > 1:
+        signal_number = self._interruption.signal_number
+        if not self._is_alone:
+            signal_number = self._agreed(signal_number or 0)
             self._stop_if_not_finite()
-        if self._loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+        if self._loop.batch_progress.current.ready % self._accumulate:
             return  # gradients of half a window are not saved: the step ends first
         steps = self.steps
         if signal_number:
@@ -182,7 +195,7 @@ class Observation(Callback):
     def save(self) -> None:
         """Writes ``last.ckpt``, and ``best.ckpt`` where this is the best so far. All ranks take part."""
         self._look_for_non_finite()
-        if self._trainer.world_size > 1:
+        if not self._is_alone:
             self._stop_if_not_finite()
         self._saved_step = self.steps
         self._is_due = False
@@ -250,7 +263,7 @@ class Observation(Callback):
     def _look_for_non_finite(self) -> None:
         if not self._skips_non_finite:
             self._bad = self._bad or self.training.first_non_finite()
-            if self._trainer.world_size == 1:
+            if self._is_alone:
                 self._stop_if_not_finite()
 
     def _stop_if_not_finite(self) -> None:
@@ -262,7 +275,7 @@ class Observation(Callback):
 
     def _agreed(self, mine: int) -> int:
         """The greatest of what the ranks say; every rank asks at the same point."""
-        if self._trainer.world_size == 1:
+        if self._is_alone:
             return mine
         flag = torch.tensor([mine], device=self._trainer.strategy.root_device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
