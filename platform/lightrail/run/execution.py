@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
