@@ -138,6 +138,17 @@ def test_sigterm_saves_says_how_to_resume_and_resumes_exactly(capsys: pytest.Cap
     assert Path("runs/whole/metrics.csv").read_bytes() == Path("runs/stopped/metrics.csv").read_bytes()
 
 
+def test_an_average_of_the_weights_resumes_exactly() -> None:
+    ema = ["callback.ema.decay=0.9", "callback.ema.warmup=false"]
+    assert train("run.name=whole", "callback=[ema]", *ema) == 0
+    assert train("run.name=stopped", "callback=[ema,run_plugins.Signals]", *ema) == 143
+    assert main(["run.resume=runs/stopped", "callback.Signals.step=-1"]) == 0
+    whole, resumed = (load_checkpoint(Path("runs") / n / "checkpoints" / "last.ckpt") for n in ("whole", "stopped"))
+    for key in ("state_dict", "current_model_state"):
+        assert str(whole[key]) == str(resumed[key])
+    assert str(whole["state_dict"]) != str(whole["current_model_state"])
+
+
 def test_a_second_sigint_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("callback=[run_plugins.Signals]", "callback.Signals.number=2", "callback.Signals.times=2") == 2
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightrail import Closure, Traits
-from lightrail.step.closure import GradientOnly
+from lightrail.step.gradient_only import GradientOnly
 from lightrail.testing import (
     NotApplicable,
     OptimizerSuite,

@@ -66,6 +66,8 @@ def _execute_in(
     with _quiet_lightning():
         trainer = _make_trainer(run, folder, observation)
         _attach_optimizer(run, trainer)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(run.composition.config, resolve=True))  # type: ignore[arg-type]
         record = _Record(run, trainer, observation, began, notes)
         try:
             with interruption.listening():
@@ -75,6 +77,9 @@ def _execute_in(
             record.write("stopped" if isinstance(error, Interrupted | StoppedAtOnce) else "failed")
             raise
         record.write("finished")
+        for logger in trainer.loggers:
+            if callable(close := getattr(logger, "close", None)):
+                close()
     return record.result()
 
 

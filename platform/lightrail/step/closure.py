@@ -20,7 +20,7 @@ from lightrail.errors import ClosureError
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
 
-__all__ = ["Closure", "GradientOnly"]
+__all__ = ["Closure"]
 
 LossFn = Callable[..., Tensor]
 
@@ -415,66 +415,3 @@ def _as_scalars(objectives: Any) -> list[Tensor]:
     if isinstance(objectives, Tensor):
         return list(objectives.unbind())
     return list(objectives)
-
-
-class GradientOnly(Closure):
-    """torch's own closure, or none at all: one gradient, and a refusal by name of anything more.
-
-    Args:
-        closure: torch's closure; ``None`` where the gradient already stands in ``.grad``.
-        params: The parameters that are being optimized.
-        reason: Why there is no more to ask, for the error.
-    """
-
-    def __init__(
-        self,
-        closure: Callable[[], Any] | None,
-        params: Sequence[Tensor],
-        reason: str = "the loop hands over torch's own closure",
-    ) -> None:
-        super().__init__(lambda: torch.zeros(()), params)
-        self._closure = closure
-        self._reason = reason
-        self._loss: Any = None
-
-    @torch.enable_grad()
-    def __call__(self) -> Any:
-        if self._closure is None:
-            if self.evaluations:
-                self._refuse()
-        else:
-            self._loss = self._closure()
-        self.evaluations += 1
-        return self._loss
-
-    def _refuse(self) -> Any:
-        raise ClosureError(
-            "the method evaluates the loss again, and this loop gives it one gradient only",
-            found=self._reason,
-            allowed="a lightrail.Closure",
-            remedy="Pass optimizer.step(lightrail.Closure(loss_fn, params)) in a loop of your own; "
-            "under `train` this closure is built for you at any precision but 16-mixed.",
-        )
-
-    def loss(self) -> Tensor:
-        return self._refuse()
-
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._refuse()
-
-    def sampled(self) -> list[Tensor]:
-        return self._refuse()
-
-    def groups(self, count: int) -> list[list[Tensor]]:
-        return self._refuse()
-
-    def jacobian(self) -> list[list[Tensor]]:
-        return self._refuse()
-
-    def num_samples(self) -> int:
-        return self._refuse()
-
-    @contextmanager
-    def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
-        self._refuse()
-        yield self

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightrail.step.closure import Closure, GradientOnly
+from lightrail.step.closure import Closure
+from lightrail.step.gradient_only import GradientOnly
 from lightrail.traits import Traits
 
 __all__ = ["CombinedOptimizer", "Transform", "TransformedOptimizer"]
