@@ -26,6 +26,7 @@ class Kind:
             that returns one is as good.
         supplied: Parameters that the platform hands over, by name; they are no options.
         supplies_first: Whether the first parameter, whatever its name, is handed over too.
+        per_player: Whether ``players.NAME`` under its options overrides them for one player of a game.
         commands: The commands whose configuration has this group.
     """
 
@@ -35,6 +36,7 @@ class Kind:
     base: str | None = None
     supplied: tuple[str, ...] = ()
     supplies_first: bool = False
+    per_player: bool = False
     commands: tuple[str, ...] = ("train",)
 
     @property
@@ -48,7 +50,7 @@ KINDS: dict[str, Kind] = {
         Kind("task", "a LightningModule: owns the loss", base="LightningModule", supplied=("model",)),
         Kind("model", "a torch.nn.Module", base="Module"),
         Kind("data", "a LightningDataModule", base="LightningDataModule"),
-        Kind("optimizer", "a torch.optim.Optimizer", base="Optimizer", supplies_first=True),
+        Kind("optimizer", "a torch.optim.Optimizer", base="Optimizer", supplies_first=True, per_player=True),
         Kind(
             "schedule",
             "a callable (optimizer, total_steps, **options) that returns a torch LRScheduler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -89,6 +90,10 @@ def _check_plugin(pick: Pick, schema: Schema, node: DictConfig, composed: Compos
         if key == "_target_":
             continue
         path = f"{pick.path}.{key}"
+        if key == "players" and KINDS[pick.kind].per_player and isinstance(node.get(key), DictConfig):
+            for player, options in node[key].items():
+                _check_plugin(dataclasses.replace(pick, path=f"{path}.{player}"), schema, options, composed)
+            continue
         parameter = schema.parameter(key)
         value = _value(node, key, path)
         if parameter is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightrail.errors import CompositionError, ConfigurationError, UserError
 from lightrail.run.resolve import Resolved, resolve
 from lightrail.run.resume import Resumed
 from lightrail.run.run import Run
+from lightrail.step.players import Game, game_of
 from lightrail.traits import traits_of
 
 __all__ = ["build"]
@@ -45,7 +47,11 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
     task = _make_task(resolved)
     if data is not None and not isinstance(data, LightningDataModule):
         raise _wrong_class("data", type(data), "a LightningDataModule")
-    optimizer, schedule = _factories(resolved, task, notes)
+    game = game_of(task)
+    if game is not None:
+        _check_game(config)
+        game.attach(task)
+    optimizer, schedule = _factories(resolved, task, game, notes)
     run = Run(
         composition=composition,
         task=task,
@@ -61,6 +67,7 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
             for kind in ("optimizer", "transform")
             for each in resolved.chosen.get(kind, ())
         ),
+        game=game,
         trainer=OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[arg-type]
         resumed=resumed,
         notes=notes,
@@ -70,6 +77,16 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         if wrapper is not None:
             run = make(resolved, wrapper).wrap(run)
     return run
+
+
+def _check_game(config: Any) -> None:
+    if str(config.trainer.precision) in ("16-mixed", "16"):
+        raise CompositionError(
+            "a task with several players cannot work at precision 16-mixed",
+            found=f"trainer.precision={config.trainer.precision}: one gradient of one loss, scaled before the step",
+            allowed="32-true, bf16-mixed, bf16-true, 64-true",
+            remedy="Use trainer.precision=bf16-mixed.",
+        )
 
 
 def _record_sizes(composition: Composition, resolved: Resolved, sizes: Mapping[str, Any]) -> None:
@@ -205,7 +222,7 @@ ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
 
 
 def _factories(
-    resolved: Resolved, task: LightningModule, notes: list[str]
+    resolved: Resolved, task: LightningModule, game: Game | None, notes: list[str]
 ) -> tuple[Factory | None, ScheduleFactory | None]:
     """How the optimizer and the schedule will be made; ``None`` for what the task does itself."""
     optimizer, schedule = resolved.one("optimizer"), resolved.one("schedule")
@@ -228,9 +245,10 @@ def _factories(
             allowed="automatic optimization, or the task's own configure_optimizers",
             remedy="Leave optimizer, transform and schedule out, or let the task use automatic optimization.",
         )
-    make_optimizer = _optimizer_factory(resolved, optimizer)
-    # Its options are tried before anything is spent, on a parameter of its own.
-    make_optimizer(_Probe())
+    make_optimizer = _optimizer_factory(resolved, optimizer, game)
+    if game is None:
+        # Its options are tried before anything is spent, on parameters of their own.
+        make_optimizer(_Probe())
     if schedule is None:
         return make_optimizer, None
     target = resolved.object(schedule)
@@ -246,36 +264,51 @@ class _Probe(LightningModule):
         self.layer = nn.Linear(2, 2)
 
 
-def _optimizer_factory(resolved: Resolved, chosen: Chosen) -> Factory:
+def _optimizer_factory(resolved: Resolved, chosen: Chosen, game: Game | None) -> Factory:
     target = resolved.object(chosen)
     options = options_of(target, chosen, {})
+    players = options.pop("players", {})
     named = traits_of(target).needs_parameter_names
+    if players and game is None:
+        raise CompositionError(
+            "the task has no players",
+            found=f"optimizer.players.{next(iter(players))}",
+            allowed="options of the one optimizer",
+            remedy="Leave optimizer.players out, or let the task name its players with players() and player_loss().",
+        )
 
-    def make_optimizer(task: LightningModule) -> Optimizer:
-        optimizer = call(target, chosen, options, parameters_of(task, named=named))
+    def make(task: LightningModule, params: Sequence[Any], own: Mapping[str, Any]) -> Optimizer:
+        if named:
+            params = _with_names(task, params)
+        optimizer = call(target, chosen, {**options, **own}, params)
         if not isinstance(optimizer, Optimizer):
             raise _wrong_class("optimizer", type(optimizer), "a torch.optim.Optimizer")
         return optimizer
 
-    return make_optimizer
+    if game is not None:
+        return lambda task: game.optimizer(partial(make, task), players)
+    return lambda task: make(task, parameters_of(task), {})
 
 
-def parameters_of(task: LightningModule, *, named: bool) -> list[Any]:
+def _with_names(task: LightningModule, params: Sequence[Any]) -> list[Any]:
+    """Pairs of name and parameter, in groups where there are groups."""
+    names = {id(p): name for name, p in task.named_parameters()}
+    return [
+        {**each, "params": _with_names(task, each["params"])} if isinstance(each, dict) else (names[id(each)], each)
+        for each in params
+    ]
+
+
+def parameters_of(task: LightningModule) -> list[Any]:
     """What an optimizer is built from: the task's own groups where it names some, else all that can be trained.
 
     Args:
         task: A task; its optional method ``parameter_groups()`` gives torch's list of group dictionaries.
-        named: Whether pairs of name and parameter are wanted.
     """
-    groups = getattr(task, "parameter_groups", None)
-    names = {id(p): name for name, p in task.named_parameters()}
-    if callable(groups):
-        found: list[dict[str, Any]] = [dict(group) for group in groups()]  # type: ignore[union-attr]
-        for group in found:
-            params = [p for p in group["params"] if p.requires_grad]
-            group["params"] = [(names[id(p)], p) for p in params] if named else params
-        return found
-    return [(n, p) if named else p for n, p in task.named_parameters() if p.requires_grad]
+    groups: Any = getattr(task, "parameter_groups", None)
+    if groups is not None:
+        return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups()]
+    return [p for p in task.parameters() if p.requires_grad]
 
 
 def _logger_factory(resolved: Resolved, chosen: Chosen) -> Callable[[str], Any]:

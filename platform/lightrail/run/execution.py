@@ -140,7 +140,7 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trai
         )
     # One owner of the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    loop = install_loops(trainer, window=_needs_window(run, trainer), skips_non_finite=skips)
+    loop = install_loops(trainer, window=_needs_window(run, trainer), skips_non_finite=skips, game=run.game)
     observation.attach(trainer, loop)
     if trainer.world_size > 1:
         observation.on_setup = lambda: _agree(run, trainer, observation)
@@ -152,7 +152,7 @@ def _needs_window(run: Run, trainer: Trainer) -> bool:
     if run.optimizer is None or trainer.precision == "16-mixed":
         return False
     asks = any(traits.evaluates_again for traits in run.method_traits)
-    return asks or bool(run.transforms) or run.composition.config.run.on_nan == "skip"
+    return asks or bool(run.transforms) or run.game is not None or run.composition.config.run.on_nan == "skip"
 
 
 def _attach_optimizer(run: Run, trainer: Trainer) -> None:

@@ -18,19 +18,21 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
+from lightrail.step.players import Game
 from lightrail.step.randomness import RandomState
 from lightrail.step.window import WindowLoop
 
 __all__ = ["EpochLoop", "FitLoop", "install_loops"]
 
 
-def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool) -> EpochLoop:
+def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool, game: Game | None = None) -> EpochLoop:
     """Puts our loops in the place of Lightning's.
 
     Args:
         trainer: A trainer that has not run yet.
         window: Whether a method needs the accumulation window.
         skips_non_finite: Whether a non-finite loss skips its update; asks for the window.
+        game: The players, where the task has several; asks for the window.
 
     Returns:
         The epoch loop, whose ``at_boundary`` is to be set.
@@ -39,7 +41,7 @@ def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool) -> 
     fit_loop = FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
     epoch_loop = EpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
     if window:
-        epoch_loop.automatic_optimization = WindowLoop(trainer, skips_non_finite=skips_non_finite)
+        epoch_loop.automatic_optimization = WindowLoop(trainer, skips_non_finite=skips_non_finite, game=game)
     fit_loop.epoch_loop = epoch_loop
     trainer.fit_loop = fit_loop
     return epoch_loop

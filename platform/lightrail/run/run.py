@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrail.configuration import Composition
 from lightrail.run.resume import Resumed
+from lightrail.step.players import Game
 from lightrail.step.transform import Transform
 from lightrail.traits import Traits
 
@@ -54,6 +55,7 @@ class Run:
         metrics: torchmetrics that are added to validation and test, by name.
         loggers: Each makes a logger from the path of the run folder.
         method_traits: The traits of the optimizer and the transforms.
+        game: The players, where the task has several.
         trainer: The ``trainer`` group of the configuration.
         resumed: The run that this one continues.
         notes: What was decided for the user, one sentence each.
@@ -69,6 +71,7 @@ class Run:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     loggers: Sequence[Callable[[str], Logger]] = ()
     method_traits: Sequence[Traits] = ()
+    game: Game | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     resumed: Resumed | None = None
     notes: Sequence[str] = ()

@@ -63,14 +63,12 @@ class TrainingMetrics:
                 return value
         if not self._values:
             self._first_step = step
-            for name, value in outputs.items():
-                if isinstance(value, Tensor) and value.dim() == 0:
-                    self._values[name] = [value.detach()]
-            return None
-        for name, values in self._values.items():
-            value = outputs.get(name)
-            if value is not None:
+        for name, value in outputs.items():
+            values = self._values.get(name)
+            if values is not None:
                 values.append(value)
+            elif isinstance(value, Tensor) and value.dim() == 0:
+                self._values[name] = [value]
         return None
 
     def first_non_finite(self) -> tuple[int, float] | None:

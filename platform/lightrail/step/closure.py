@@ -62,8 +62,11 @@ class Closure:
         sampled_loss_fn: LossFn | None = None,
         objectives_fn: Callable[..., Any] | None = None,
         num_samples_fn: Callable[..., int] | None = None,
+        players: Mapping[str, Sequence[Tensor]] | None = None,
+        in_turn: bool = False,
     ) -> None:
         self.params: list[Tensor] = list(params)
+        self._set_players(players, in_turn)
         self.evaluations = 0
         self._loss_fn = loss_fn
         self._sampled_loss_fn = sampled_loss_fn
@@ -74,6 +77,10 @@ class Closure:
         self._statistics = Statistics(module)
         self._states: list[RandomState | None] = [None] * len(self._batches)
         self._has_run = False
+
+    def _set_players(self, players: Mapping[str, Sequence[Tensor]] | None, in_turn: bool) -> None:
+        self._players = {name: list(params) for name, params in (players or {}).items()}
+        self._moving = tuple(self._players)[: 1 if in_turn else None]
 
     # What a loop of its own overrides: how it evaluates a micro-batch, what it silences, how its ranks agree.
 
@@ -97,10 +104,7 @@ class Closure:
         losses = []
         for index, batch in enumerate(self._batches):
             self._states[index] = RandomState.capture()
-            loss = self._evaluate(self._loss_fn, batch, index) / self._divisor
-            if loss.requires_grad:
-                loss.backward(inputs=[p for p in self.params if p.requires_grad])
-            losses.append(loss.detach())
+            losses.append(self._differentiate(self._evaluate, self._loss_fn, batch, index))
         self._average([p.grad for p in self.params if p.grad is not None])
         return self._mean_over_ranks(losses)
 
@@ -154,9 +158,11 @@ class Closure:
         """The loss at the current parameters, without gradients: a 0-d tensor."""
         self.evaluations += 1
         with self._aside():
-            losses = [
-                self._replay(self._loss_fn, batch, index) / self._divisor for index, batch in enumerate(self._batches)
-            ]
+            fn = self._loss_fn
+            if self._players:
+                of_each = self._of_each_player(self._loss_fn)
+                fn = lambda *batch: torch.stack(of_each(*batch)).sum()  # noqa: E731
+            losses = [self._replay(fn, batch, index) / self._divisor for index, batch in enumerate(self._batches)]
         return self._mean_over_ranks(losses)
 
     @torch.enable_grad()
@@ -172,6 +178,13 @@ class Closure:
         Raises:
             ClosureError: The loss cannot be differentiated twice.
         """
+        if self._players:
+            raise ClosureError(
+                "a game has no Hessian",
+                found=f"players {', '.join(self._players)}",
+                allowed="one loss",
+                remedy="Choose a method that needs no second derivatives.",
+            )
         self.evaluations += 1
         total: list[Tensor] = [torch.zeros_like(p) for p in self.params]
         where = [i for i, p in enumerate(self.params) if p.requires_grad]
@@ -318,6 +331,20 @@ class Closure:
             with torch.no_grad():
                 torch._foreach_copy_(self.params, origin)
 
+    @contextmanager
+    def turn(self, player: str) -> Iterator[Closure]:
+        """Inside, one player of a game moves: parameters, loss and gradient are that player's alone.
+
+        Args:
+            player: Its name.
+        """
+        kept = self.params, self._moving
+        self.params, self._moving = self._players[player], (player,)
+        try:
+            yield self
+        finally:
+            self.params, self._moving = kept
+
     # How they are answered.
 
     @property
@@ -364,16 +391,31 @@ class Closure:
         try:
             with self._aside():
                 for index, batch in enumerate(batches or self._batches):
-                    loss = self._replay(fn, batch, index) / self._divisor
-                    if loss.requires_grad:
-                        loss.backward(inputs=[p for p in self.params if p.requires_grad])
-                    losses.append(loss.detach())
+                    losses.append(self._differentiate(self._replay, fn, batch, index))
             found = [p.grad for p in self.params]
         finally:
             for p, gradient in zip(self.params, kept, strict=True):
                 p.grad = gradient
         self._average([gradient for gradient in found if gradient is not None])
         return self._mean_over_ranks(losses), found
+
+    def _differentiate(self, evaluate: Callable[..., Tensor], fn: LossFn, batch: tuple[Any, ...], index: int) -> Tensor:
+        """Adds the gradient of one micro-batch to ``.grad``: in a game, each player's own, of its own loss."""
+        if not self._players:
+            return self._backward(evaluate(fn, batch, index), self.params)
+        losses = evaluate(self._of_each_player(fn), batch, index)
+        parts = [self._backward(loss, self._players[name]) for name, loss in zip(self._moving, losses, strict=True)]
+        return torch.stack(parts).sum()
+
+    def _backward(self, loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+        loss = loss / self._divisor
+        if loss.requires_grad:
+            loss.backward(inputs=[p for p in params if p.requires_grad])
+        return loss.detach()
+
+    def _of_each_player(self, fn: LossFn) -> Callable[..., Any]:
+        """One evaluation for all who move, so that they draw from one stream of random numbers."""
+        return lambda *batch: [fn(name, *batch) for name in self._moving]
 
     def _mean_over_ranks(self, losses: list[Tensor]) -> Tensor:
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()

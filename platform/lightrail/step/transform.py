@@ -73,9 +73,12 @@ class _TransformedClosure(Closure):
     """A closure whose gradient has passed through one transform; other answers are the inner closure's own."""
 
     def __init__(self, inner: Closure, transform: Transform) -> None:
-        self.params = inner.params
         self._inner = inner
         self._transform = transform
+
+    @property
+    def params(self) -> list[Tensor]:  # type: ignore[override]
+        return self._inner.params
 
     @property
     def evaluations(self) -> int:  # type: ignore[override]
@@ -108,6 +111,11 @@ class _TransformedClosure(Closure):
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
         with self._inner.at(points):
+            yield self
+
+    @contextmanager
+    def turn(self, player: str) -> Iterator[Closure]:
+        with self._inner.turn(player):
             yield self
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightrail.step.closure import Closure
+from lightrail.step.players import Game, TurnsOptimizer
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
 from lightrail.step.transform import TransformedOptimizer
@@ -43,17 +44,24 @@ class WindowClosure(Closure):
         params: The parameters that are being optimized.
         statistics: The module's buffers and metrics, found once.
         skips_non_finite: Whether a loss that is NaN or infinite ends the step without an update.
+        game: The players, where the task has several.
     """
 
     def __init__(
-        self, trainer: Trainer, params: list[Tensor], statistics: Statistics, skips_non_finite: bool = False
+        self,
+        trainer: Trainer,
+        params: list[Tensor],
+        statistics: Statistics,
+        skips_non_finite: bool = False,
+        game: Game | None = None,
     ) -> None:
         module = trainer.lightning_module
         self.params = params
+        self._set_players(game.players if game else None, bool(game and game.in_turn))
         self.evaluations = 0
         self._trainer = trainer
         self._module: LightningModule = module
-        self._loss_fn = _loss_of(module.training_step)
+        self._loss_fn = _loss_of(module.training_step) if game is None else _of_player(module)
         self._sampled_loss_fn = self._on_batch("sampled_loss")
         self._objectives_fn = self._on_batch("objectives")
         self._num_samples_fn = self._on_batch("num_samples")
@@ -85,7 +93,13 @@ class WindowClosure(Closure):
             self._losses.append(loss.detach())
 
     def _run_first(self) -> Tensor:
-        self.run_micro_batch()
+        if self._players and isinstance(self._trainer.strategy, ParallelStrategy):
+            # DDP's reducer expects one backward pass through everything; a game has one a player.
+            with self._trainer.strategy.block_backward_sync():
+                self.run_micro_batch()
+            self._average([p.grad for p in self.params if p.grad is not None])
+        else:
+            self.run_micro_batch()
         # Lightning divides each loss by the number of micro-batches before it hands it on.
         loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum()
         # Ranks must take the same decision, or the next gradient exchange never ends.
@@ -119,6 +133,10 @@ def _loss_of(training_step: Callable[..., Any]) -> Callable[..., Tensor]:
     return loss
 
 
+def _of_player(module: Any) -> Callable[..., Tensor]:
+    return lambda player, *args: module.player_loss(player, args[0])
+
+
 @contextmanager
 def _silenced(module: LightningModule) -> Iterator[None]:
     """``self.log`` does nothing inside: metrics are those of the first evaluation."""
@@ -147,10 +165,12 @@ class WindowLoop(_AutomaticOptimization):
     Args:
         trainer: The trainer.
         skips_non_finite: See :class:`WindowClosure`.
+        game: See :class:`WindowClosure`.
     """
 
-    def __init__(self, trainer: Trainer, skips_non_finite: bool = False) -> None:
+    def __init__(self, trainer: Trainer, skips_non_finite: bool = False, game: Game | None = None) -> None:
         super().__init__(trainer)
+        self._game = game
         self._skips_non_finite = skips_non_finite
         self._window: WindowClosure | None = None
         self._statistics: Statistics | None = None
@@ -162,7 +182,9 @@ class WindowLoop(_AutomaticOptimization):
         strategy = self.trainer.strategy
         if self._window is None:
             self._statistics = self._statistics or Statistics(self.trainer.lightning_module)
-            self._window = WindowClosure(self.trainer, optimizer.params, self._statistics, self._skips_non_finite)
+            self._window = WindowClosure(
+                self.trainer, optimizer.params, self._statistics, self._skips_non_finite, self._game
+            )
         self._window.add(kwargs, closure)
         if self.trainer.fit_loop._should_accumulate():
             with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else _nothing():
@@ -170,7 +192,10 @@ class WindowLoop(_AutomaticOptimization):
         else:
             self._step(optimizer, batch_idx)
         result = closure.consume_result()
-        return {} if result.loss is None else result.asdict()
+        outputs = {} if result.loss is None else result.asdict()
+        if self._window is None and isinstance(optimizer.optimizer, TurnsOptimizer):
+            outputs.update({f"{name}_loss": loss for name, loss in optimizer.optimizer.losses.items()})
+        return outputs
 
     def _step(self, optimizer: TransformedOptimizer, batch_idx: int) -> None:
         trainer = self.trainer
