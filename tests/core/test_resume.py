@@ -96,7 +96,7 @@ VARIANTS: dict[str, tuple[Callable[[Any], Optimizer], dict[str, Any]]] = {
 def test_resumed_equals_undisturbed(tmp_path: Path, name: str) -> None:
     make, arguments = VARIANTS[name]
     expected = Metrics()
-    whole, trainer, _ = fit(tmp_path / "whole", make, max_epochs=3, every=2, callbacks=[expected], **arguments)
+    whole, trainer, observed = fit(tmp_path / "whole", make, max_epochs=3, every=2, callbacks=[expected], **arguments)
     total = trainer.global_step
     for step in (3, total // 3 + 1, total // 3 + 2, total - 1):
         folder = tmp_path / f"killed-at-{step}"
@@ -104,7 +104,7 @@ def test_resumed_equals_undisturbed(tmp_path: Path, name: str) -> None:
             fit(folder, make, max_epochs=3, every=2, callbacks=[KillAt(step)], **arguments)
         found = Metrics()
         last = folder / "checkpoints" / "last.ckpt"
-        resumed, again, _ = fit(
+        resumed, again, observed_again = fit(
             folder, make, max_epochs=3, every=2, seed=99, callbacks=[found], checkpoint=last, **arguments
         )
         for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -113,6 +113,7 @@ def test_resumed_equals_undisturbed(tmp_path: Path, name: str) -> None:
         assert found.seen, step
         assert expected.seen[-len(found.seen) :] == found.seen, step
         assert again.global_step == total
+        assert observed.training.last == observed_again.training.last, step
         assert_same_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt", last)
 
 

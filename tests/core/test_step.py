@@ -276,6 +276,21 @@ def test_the_closure_answers_exactly() -> None:
     assert closure.evaluations == 4
 
 
+def test_extra_evaluations_draw_nothing_from_the_generators() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    x = torch.randn(4, 3)
+    params = list(net.parameters())
+    closure = Closure(lambda: net(x).square().mean(), params)
+    loss = closure()
+    torch.rand(7)  # the loop goes on to draw other numbers
+    state = torch.get_rng_state()
+    assert closure() == closure.loss() == loss
+    closure.hvp([torch.ones_like(p) for p in params])
+    with closure.at(params):
+        closure.gradient()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_groups_are_disjoint_and_average_to_the_gradient() -> None:
     torch.manual_seed(0)
     net = nn.Linear(3, 1, dtype=torch.float64)

@@ -45,6 +45,10 @@ def reporting_errors() -> Iterator[Outcome]:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         outcome.status = 2
+    except KeyboardInterrupt:
+        # A run catches the signal itself, to save first; this is a command that had nothing to save yet.
+        print("interrupted", file=sys.stderr)
+        outcome.status = 130
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; Python would complain once more when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
