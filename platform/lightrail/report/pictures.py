@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
@@ -53,8 +54,11 @@ def _alt(name: str, figure: Figure) -> str:
 
 def _picture(figure: Figure, *, name: str, alt: str, remark: str = "") -> str:
     buffer = io.BytesIO()
-    # Without the metadata the same run gives the same bytes whatever version drew it.
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Text that a model wrote may hold any character; one that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        # Without the metadata the same run gives the same bytes whatever version drew it.
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
     width, height = (round(inches * DOTS_PER_INCH / 2) for inches in figure.get_size_inches())
     kind = ' class="wide"' if width > 1.4 * 6.4 * DOTS_PER_INCH / 2 else ""
     small = f"<small>{escape(remark)}</small>" if remark else ""

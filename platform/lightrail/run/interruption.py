@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -50,6 +51,8 @@ class Interruption:
                 remedy="Resume from the last good checkpoint with run.resume=latest.",
             )
         self.signal_number = number
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # a terminal signals every rank; one says so
         print(
             f"\n{signal.Signals(number).name}: saving at the next batch boundary; once more to stop at once, unsaved",
             file=sys.stderr,
