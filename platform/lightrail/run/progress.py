@@ -5,12 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 __all__ = ["Progress"]
 
 _SHOWN_SECONDS = 0.1
+
+
+class _Bar(tqdm):
+    """tqdm's bar with a place for metrics that it does not punctuate."""
+
+    metrics = ""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "metrics": self.metrics}
 
 
 class Progress:
@@ -33,14 +44,14 @@ class Progress:
         self._next_refresh = 0.0
         self._steps = first
         self._bar = (
-            tqdm(
+            _Bar(
                 total=total,
                 initial=first,
                 unit=" steps",
                 dynamic_ncols=True,
                 leave=False,
                 mininterval=_SHOWN_SECONDS,
-                bar_format="{desc} {bar:24} {n_fmt}/{total_fmt} · {rate_fmt} · {remaining} left{postfix}",
+                bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} · {rate_fmt} · {remaining} left{metrics}",
                 colour="#4c78a8",
             )
             if self._live
@@ -67,7 +78,7 @@ class Progress:
         """New values of metrics."""
         self._metrics.update({k: v for k, v in metrics.items() if k != "lr"})
         if self._bar is not None:
-            self._bar.set_postfix_str(self._text(), refresh=False)
+            self._bar.metrics = _side_by_side(self._metrics)
 
     def end_epoch(self, steps: int) -> None:
         """An epoch and its validation are done."""
@@ -85,5 +96,14 @@ class Progress:
         return f"epoch {self._epoch + 1}{of}"
 
     def _text(self) -> str:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
-        return f" · {text}" if self._live and text else text
+        return "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
+
+
+def _side_by_side(metrics: Mapping[str, float]) -> str:
+    """Training and validation of one metric beside each other, since a line has little room."""
+    names = dict.fromkeys(name.removeprefix("train_").removeprefix("val_") for name in metrics)
+    parts = []
+    for name in names:
+        pair = [f"{metrics[k]:.4g}" for k in (f"train_{name}", f"val_{name}", name) if k in metrics]
+        parts.append(f" · {name} {' val '.join(pair)}" if f"train_{name}" in metrics else f" · val {name} {pair[0]}")
+    return "".join(parts)
