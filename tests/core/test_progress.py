@@ -22,8 +22,8 @@ def test_a_terminal_sees_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress(total=100, first=0, epochs=2)
     progress.begin_epoch(1)
     progress.show({"train_loss": 0.25, "lr": 0.1, "val_loss": 0.5, "val_accuracy": 0.75})
-    progress._next_refresh = 0.0
-    progress._bar.last_print_t = 0.0
+    assert progress._bar is not None
+    progress._next_refresh = progress._bar.last_print_t = 0.0
     progress.to_step(40)
     progress._bar.refresh()
     progress.close()
