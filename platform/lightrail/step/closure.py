@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from lightrail.errors import ClosureError
+from lightrail.step.batches import leading_size, split_batch
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
 
@@ -254,7 +254,7 @@ class Closure:
             ClosureError: No batch was given, or one is smaller than ``count``.
         """
         self.evaluations += 1
-        parts = [self._split(batch, count) for batch in self._batches]
+        parts = [split_batch(batch, count) for batch in self._batches]
         found = []
         for part in range(count):
             _, gradients = self._gradient_of(self._loss_fn, [parts[index][part] for index in range(len(self._batches))])
@@ -303,7 +303,7 @@ class Closure:
         Raises:
             ClosureError: No batch was given to count in.
         """
-        count = sum(self._num_samples_fn(*b) if self._num_samples_fn else _leading_size(b) or 0 for b in self._batches)
+        count = sum(self._num_samples_fn(*b) if self._num_samples_fn else leading_size(b) or 0 for b in self._batches)
         if not count:
             raise ClosureError(
                 "the closure cannot count the samples of its loss",
@@ -424,31 +424,6 @@ class Closure:
 
     def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
-
-    def _split(self, batch: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
-        leaves, structure = pytree.tree_flatten(batch)
-        size = _leading_size(batch)
-        if size is None or size < count:
-            raise ClosureError(
-                f"the batch cannot be divided into {count} parts",
-                found="no batch" if size is None else f"a micro-batch of {size}",
-                allowed=f"at least {count} samples in every micro-batch",
-                remedy="Raise data.batch_size, or ask the method for fewer groups."
-                if size is not None
-                else "Pass the batch to lightrail.Closure rather than closing over it.",
-            )
-        slices = [
-            torch.tensor_split(leaf, count)
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
-            else [leaf] * count
-            for leaf in leaves
-        ]
-        return [pytree.tree_unflatten([s[part] for s in slices], structure) for part in range(count)]
-
-
-def _leading_size(batch: tuple[Any, ...]) -> int | None:
-    leaves = pytree.tree_leaves(batch)
-    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
 
 
 def _as_scalars(objectives: Any) -> list[Tensor]:

@@ -138,9 +138,6 @@ class _View(Optimizer):
     ``Optimizer.__init__`` is not called, on purpose: it would make a second set of groups.
     """
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise NotImplementedError  # pragma: no cover
-
     @property
     def params(self) -> list[Tensor]:
         """Every parameter, in the order of the groups."""
