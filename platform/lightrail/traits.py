@@ -22,15 +22,18 @@ class Traits:
         rule: The method in one line of mathematics.
         paper: Where it is from: authors, year, title, with an arXiv id or a DOI.
         state: Extra memory kept for each parameter, in copies of the parameters (AdamW: 2).
-        extra_evaluations: Forward-backward passes a step beyond the first, averaged over steps.
-        needs_closure: Calls the closure itself, more than once or at other points.
+        extra_evaluations: Forward-backward passes a step beyond the first, averaged over steps; ``None`` where it
+            depends on the model.
+        needs_closure: Calls the closure itself, more than once or at other points, or needs the loss of the whole
+            accumulation window.
         needs_second_derivatives: Calls ``closure.hvp``.
         needs_sampled_loss: Calls ``closure.sampled``; the task must offer ``sampled_loss``.
         needs_groups: Calls ``closure.groups``; the batch must be divisible.
+        needs_clusters: Calls ``closure.clusters``; the task must offer ``clusters``.
         needs_objectives: Calls ``closure.jacobian``; the task must offer ``objectives``.
         needs_per_sample_gradients: Needs one gradient a sample.
         needs_parameter_names: Is built from ``(name, parameter)`` pairs in place of bare parameters.
-        needs_whole_matrices: Keeps matrix-shaped state that sharding would break.
+        needs_whole_tensors: Works on norms, matrices or vectors of whole tensors, which sharding would cut.
         sets_step_size: Chooses its own learning rate, so that a schedule would fight it.
         has_evaluation_point: Trains and evaluates at different parameters; offers ``eval()`` and ``train()``.
         is_stochastic: Draws random numbers of its own.
@@ -43,15 +46,16 @@ class Traits:
     rule: str = ""
     paper: str = ""
     state: float | None = None
-    extra_evaluations: float = 0.0
+    extra_evaluations: float | None = 0.0
     needs_closure: bool = False
     needs_second_derivatives: bool = False
     needs_sampled_loss: bool = False
     needs_groups: bool = False
+    needs_clusters: bool = False
     needs_objectives: bool = False
     needs_per_sample_gradients: bool = False
     needs_parameter_names: bool = False
-    needs_whole_matrices: bool = False
+    needs_whole_tensors: bool = False
     sets_step_size: bool = False
     has_evaluation_point: bool = False
     is_stochastic: bool = False
@@ -68,6 +72,7 @@ class Traits:
             or self.needs_second_derivatives
             or self.needs_sampled_loss
             or self.needs_groups
+            or self.needs_clusters
             or self.needs_objectives
         )
 
@@ -81,7 +86,14 @@ class Traits:
         }
 
 
-def traits_of(plugin: object) -> Traits:
-    """The traits that a plugin declares; those of a plain method where it declares none."""
-    declared = getattr(plugin, "traits", None)
+def traits_of(plugin: object, options: Mapping[str, Any] | None = None) -> Traits:
+    """The traits that a plugin declares; those of a plain method where it declares none.
+
+    Args:
+        plugin: A class or a function.
+        options: Those it is to be built with. A plugin whose needs depend on them has a static method
+            ``traits_under(options)`` beside ``traits``.
+    """
+    under = getattr(plugin, "traits_under", None)
+    declared = under(options) if options and callable(under) else getattr(plugin, "traits", None)
     return declared if isinstance(declared, Traits) else Traits()

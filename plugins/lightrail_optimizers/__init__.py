@@ -1,31 +1,58 @@
-"""Optimizers and gradient transforms."""
+"""Optimizers and gradient transforms; a class is imported when it is first asked for."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightrail_optimizers.clip_norm import ClipNorm
-    from lightrail_optimizers.coordinate_clip import CoordinateClip
-    from lightrail_optimizers.lbfgs import LBFGS
-    from lightrail_optimizers.lion import Lion
-    from lightrail_optimizers.muon import Muon
-    from lightrail_optimizers.sam import SAM
-    from lightrail_optimizers.sophia import SophiaG, SophiaH
-
-__all__ = ["LBFGS", "SAM", "ClipNorm", "CoordinateClip", "Lion", "Muon", "SophiaG", "SophiaH"]
-
-_HOMES = {
-    "ClipNorm": "clip_norm",
-    "CoordinateClip": "coordinate_clip",
-    "LBFGS": "lbfgs",
-    "Lion": "lion",
-    "Muon": "muon",
-    "SAM": "sam",
-    "SophiaG": "sophia",
-    "SophiaH": "sophia",
+# `__init__.pyi` says the same to type checkers.
+_CLASSES_BY_MODULE = {
+    "adamp": ("AdamP",),
+    "block_coordinate": ("BlockCoordinate",),
+    "clip_norm": ("ClipNorm",),
+    "coordinate_clip": ("CoordinateClip",),
+    "cyclic_block": ("CyclicBlock", "VarianceReducedCyclicBlock"),
+    "diffgrad": ("DiffGrad",),
+    "dog": ("DoG", "LDoG"),
+    "efcp_ggt": ("EFCPGGT",),
+    "efcp_mfac": ("EFCPTopKMFAC", "EFCPLowRankMFAC"),
+    "frugal": ("FrugalAdamW", "FrugalLion", "FrugalSGD"),
+    "grams": ("Grams",),
+    "lbfgs": ("LBFGS",),
+    "lion": ("Lion",),
+    "mars": ("MARS", "MARSLion", "MARSShampoo"),
+    "mfac": ("MFAC",),
+    "multi_momentum": ("MultiMomentum",),
+    "muon": ("Muon",),
+    "normalized_gd": ("NormalizedGD",),
+    "oasis": ("OASIS",),
+    "optimistic_adam": ("OptimisticAdam",),
+    "optimistic_omd": ("OptimisticOMD",),
+    "optimistic_sgd": ("OptimisticSGD",),
+    "osd": ("OSDAdamW", "OSDSGD", "OSDLion"),
+    "past_extragradient": ("PastExtragradient",),
+    "prodigy": ("Prodigy",),
+    "psgd_diag": ("PSGDDiag",),
+    "psgd_lra": ("PSGDLRA",),
+    "psgd_xmat": ("PSGDXMat",),
+    "psps": ("PSPS", "PSPSL1", "PSPSL2"),
+    "riemannian_adagrad": ("RiemannianAdagrad",),
+    "riemannian_adam": ("RiemannianAdam", "RiemannianAMSGrad"),
+    "riemannian_sgd": ("RiemannianSGD",),
+    "rs_sgdm": ("RandomlyScaledSGDM",),
+    "saddle_free_newton": ("SaddleFreeNewton",),
+    "sam": ("SAM",),
+    "scaled_gd": ("ScaledGD",),
+    "schedule_free_adamw": ("ScheduleFreeAdamW",),
+    "sgdp": ("SGDP",),
+    "smb": ("SMB",),
+    "soap": ("SOAP",),
+    "sophia": ("SophiaG", "SophiaH"),
+    "spider": ("Spider",),
 }
+_HOMES = {name: module for module, names in _CLASSES_BY_MODULE.items() for name in names}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ class Muon(CombinedOptimizer):
         paper="Jordan et al., 2024, Muon: An optimizer for hidden layers in neural networks",
         state=1,  # on matrices; 2 on what AdamW has
         needs_parameter_names=True,
-        needs_whole_matrices=True,
+        needs_whole_tensors=True,
         example={"lr": 0.01, "adamw_lr": 0.01},
     )
 

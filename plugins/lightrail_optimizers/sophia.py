@@ -40,7 +40,8 @@ class SophiaG(Sophia):
             would scale ``gamma`` in silence.
         form: ``paper``, or ``official`` for the authors' code.
         maximize: Ascend.
-        foreach: One call for many tensors; ``False`` is the same bit for bit, tensor by tensor.
+        foreach: One call for many tensors; ``False`` is the same bit for bit, tensor by tensor, with less memory.
+        compile: Compile the update; a learning rate that moves does not compile it again.
 
     Raises:
         ConfigurationError: An option out of range; a complex parameter or a sparse gradient.
@@ -96,6 +97,7 @@ class SophiaG(Sophia):
         form: str = "paper",
         maximize: bool = False,
         foreach: bool = True,
+        compile: bool = False,
     ) -> None:
         one_of(("paper", "official"), form=form)
         if batch_size is not None:
@@ -113,6 +115,7 @@ class SophiaG(Sophia):
                 "update_every": update_every,
                 "maximize": maximize,
                 "foreach": foreach,
+                "compile": compile,
             },
         )
 
@@ -136,7 +139,8 @@ class SophiaH(Sophia):
         update_every: k, steps from one estimate to the next, >= 1.
         distribution: Of u: ``gaussian`` as in the paper; ``rademacher``, signs, has less variance.
         maximize: Ascend.
-        foreach: One call for many tensors; ``False`` is the same bit for bit, tensor by tensor.
+        foreach: One call for many tensors; ``False`` is the same bit for bit, tensor by tensor, with less memory.
+        compile: Compile the update; a learning rate that moves does not compile it again.
 
     Raises:
         ConfigurationError: An option out of range; a complex parameter or a sparse gradient.
@@ -183,6 +187,7 @@ class SophiaH(Sophia):
         distribution: str = "gaussian",
         maximize: bool = False,
         foreach: bool = True,
+        compile: bool = False,
     ) -> None:
         one_of(("gaussian", "rademacher"), distribution=distribution)
         self.distribution = distribution
@@ -197,6 +202,7 @@ class SophiaH(Sophia):
                 "update_every": update_every,
                 "maximize": maximize,
                 "foreach": foreach,
+                "compile": compile,
             },
         )
 

@@ -7,20 +7,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightrail.errors import ClosureError
 from lightrail.options import at_least, between, non_negative, positive
 from lightrail.step import Closure
-from lightrail_optimizers.sophia_rule import sophia, sophia_by_tensor
-from lightrail_optimizers.tensor_lists import gather, refuse_complex
+from lightrail_optimizers.sophia_rule import sophia
+from lightrail_optimizers.tensor_lists import gather
+from lightrail_optimizers.tensorwise import TensorwiseOptimizer, require_closure
 
 __all__ = ["Sophia"]
 
 
-class Sophia(Optimizer):
+class Sophia(TensorwiseOptimizer):
     """An optimizer that divides momentum by an estimate of curvature; its subclasses say how to estimate."""
 
+    state_names = ("momentum", "hessian")
+    rule = staticmethod(sophia)
     # Options that belong to the loop rather than to a group: a checkpoint does not bring them back, a copy keeps them.
     _own: ClassVar[tuple[str, ...]] = ()
     _form = "paper"
@@ -38,10 +40,18 @@ class Sophia(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         # One count for all: a group that joins later is estimated together with the others.
-        group["step"] = self.param_groups[0].get("step", 0)
-        refuse_complex(type(self).__name__, group["params"])
+        self.param_groups[-1]["step"] = self.param_groups[0].get("step", 0)
+
+    def scalars(self, group: dict[str, Any], t: int) -> dict[str, Any]:
+        return {
+            "lr": group["lr"],
+            "b1": group["betas"][0],
+            "gamma": group["gamma"],
+            "eps": group["eps"],
+            "wd": group["weight_decay"],
+            "form": self._form,
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -59,41 +69,25 @@ class Sophia(Optimizer):
         """
         counts = 0 if self._form == "paper" else 1  # the estimate precedes the update of step 1, or follows that of k
         due = [group for group in self.param_groups if (group["step"] + counts) % group["update_every"] == 0]
-        oracle = self._oracle(closure) if due else None
+        oracle = require_closure(self, closure, "estimates the Hessian at this step") if due else None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if oracle is not None and self._form == "paper":
             self._average_estimate(oracle, due)
+        self.update()
         for group in self.param_groups:
-            self._update(group)
             group["step"] += 1
         if oracle is not None and self._form != "paper":
             self._average_estimate(oracle, due)
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
-        for x, g, m, h in gather(type(self).__name__, group, self.state, ("momentum", "hessian")):
-            rule = sophia if group["foreach"] and len(x) > 1 else sophia_by_tensor
-            rule(
-                x,
-                list(torch._foreach_neg(g)) if group["maximize"] else g,
-                m,
-                h,
-                lr=float(group["lr"]),
-                b1=group["betas"][0],
-                gamma=group["gamma"],
-                eps=group["eps"],
-                wd=group["weight_decay"],
-                form=self._form,
-            )
-
     def _average_estimate(self, closure: Closure, groups: list[dict[str, Any]]) -> None:
         """``h = b2 h + (1-b2) ĥ`` in the groups whose turn it is."""
         estimates = dict(zip(closure.params, self._estimate(closure), strict=True))
         for group in groups:
-            for x, _, _, h in gather(type(self).__name__, group, self.state, ("momentum", "hessian")):
+            for x, _, _, h in gather(type(self).__name__, group, self.state, self.state_names):
                 torch._foreach_lerp_(h, [self._of(estimates, p, group) for p in x], 1 - group["betas"][1])
 
     def _of(self, estimates: Mapping[Tensor, Tensor], p: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -108,16 +102,6 @@ class Sophia(Optimizer):
 
     def _estimate(self, closure: Closure) -> list[Tensor]:
         raise NotImplementedError  # pragma: no cover
-
-    def _oracle(self, closure: object) -> Closure:
-        if isinstance(closure, Closure):
-            return closure
-        raise ClosureError(
-            f"{type(self).__name__} estimates the Hessian at this step and needs more than one gradient",
-            found="no closure" if closure is None else f"a plain {type(closure).__name__}",
-            allowed="a lightrail.Closure",
-            remedy="Pass optimizer.step(lightrail.Closure(loss_fn, params, ...)).",
-        )
 
     @torch.no_grad()
     def win_rate(self) -> float:

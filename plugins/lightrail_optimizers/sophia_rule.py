@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["draw_directions", "gauss_newton_bartlett", "hutchinson", "sophia", "sophia_by_tensor"]
+from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
+
+__all__ = ["draw_directions", "gauss_newton_bartlett", "hutchinson", "sophia"]
 
 
 def sophia(
@@ -20,7 +22,7 @@ def sophia(
     m: list[Tensor],
     h: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     b1: float,
     gamma: float,
     eps: float,
@@ -36,9 +38,7 @@ def sophia(
         h: Estimates of the Hessian's diagonal.
         form: ``official`` divides by ``gamma h + eps`` in place of ``max(gamma h, eps)``.
     """
-    if wd:
-        # Not `_foreach_mul_(x, 1 - lr * wd)`: on a CPU it rounds the factor to half precision when x is in it.
-        torch._foreach_add_(x, x, alpha=-lr * wd)
+    shrink_(x, lr * wd)
     torch._foreach_lerp_(m, g, 1 - b1)
     curvature = torch._foreach_mul(h, gamma)
     if form == "paper":
@@ -48,31 +48,7 @@ def sophia(
     u = torch._foreach_div(m, curvature)
     torch._foreach_clamp_max_(u, 1.0)
     torch._foreach_clamp_min_(u, -1.0)
-    torch._foreach_add_(x, u, alpha=-lr)
-
-
-def sophia_by_tensor(
-    x: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    h: list[Tensor],
-    *,
-    lr: float,
-    b1: float,
-    gamma: float,
-    eps: float,
-    wd: float,
-    form: str = "paper",
-) -> None:
-    """The same as :func:`sophia`, bit for bit, one tensor after the other."""
-    for x_i, g_i, m_i, h_i in zip(x, g, m, h, strict=True):
-        if wd:
-            x_i.add_(x_i, alpha=-lr * wd)
-        m_i.lerp_(g_i, 1 - b1)
-        u = h_i * gamma
-        u = u.clamp_(min=eps) if form == "paper" else u.add_(eps)
-        torch.div(m_i, u, out=u)
-        x_i.add_(u.clamp_(-1.0, 1.0), alpha=-lr)
+    add_scaled_(x, u, -lr)
 
 
 def gauss_newton_bartlett(g: Sequence[Tensor], num_samples: int) -> list[Tensor]:

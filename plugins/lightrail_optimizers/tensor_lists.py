@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightrail.errors import ConfigurationError
 
-__all__ = ["gather", "global_norm", "refuse_complex", "refuse_sparse"]
+__all__ = ["add_scaled_", "gather", "global_norm", "refuse_complex", "refuse_sharded", "refuse_sparse", "shrink_"]
 
 # On a CPU an update is a chain of passes over memory. Lists of about this many elements (256 KiB in single precision)
 # stay in a core's cache from the first pass to the last; an accelerator wants one list, however long.
@@ -40,8 +41,42 @@ def refuse_sparse(method: str, gradient: Tensor) -> None:
     )
 
 
+def refuse_sharded(method: str, params: Sequence[Tensor]) -> None:
+    """Raises where a parameter is cut over several devices, for a method that works on whole tensors."""
+    for p in params:
+        if isinstance(p, DTensor) and any(placement.is_shard() for placement in p.placements):
+            raise ConfigurationError(
+                f"{method} works on whole tensors, which sharding cuts",
+                found=f"a parameter of shape {tuple(p.shape)}, placed {p.placements}",
+                allowed="parameters that are whole on every device",
+                remedy="Use distributed data parallelism in place of sharding, or an elementwise method.",
+            )
+
+
+def shrink_(x: list[Tensor], by: float | Tensor) -> None:
+    """``x *= 1 - by``, in place: decoupled weight decay."""
+    # Not `_foreach_mul_(x, 1 - by)`: on a CPU it rounds the factor to half precision when x is in it.
+    if isinstance(by, Tensor):
+        torch._foreach_sub_(x, torch._foreach_mul(x, by))
+    elif by:
+        torch._foreach_add_(x, x, alpha=-by)
+
+
+def add_scaled_(x: list[Tensor], u: list[Tensor], by: float | Tensor) -> None:
+    """``x += by u``, in place; a 0-d tensor for ``by`` keeps a compiled update valid when it changes."""
+    if isinstance(by, Tensor):
+        torch._foreach_add_(x, torch._foreach_mul(u, by))
+    else:
+        torch._foreach_add_(x, u, alpha=by)
+
+
 def gather(
-    method: str, group: Mapping[str, Any], state: MutableMapping[Tensor, Any], keys: Sequence[str]
+    method: str,
+    group: Mapping[str, Any],
+    state: MutableMapping[Tensor, Any],
+    keys: Sequence[str],
+    count: Callable[[dict[str, Any]], int] | None = None,
+    cached: bool = True,
 ) -> Iterator[tuple[list[Tensor], ...]]:
     """The parameters of a group that have a gradient, their gradients and their states.
 
@@ -52,12 +87,14 @@ def gather(
         group: One of the optimizer's ``param_groups``.
         state: The optimizer's ``state``.
         keys: The names under which it keeps its tensors.
+        count: Called once a parameter with its state; parameters for which it differs are in different lists.
+        cached: Whether lists on a CPU are short enough for its cache.
 
     Yields:
         ``(params, gradients, *states)``, lists of equal length; a parameter appears in one of them.
     """
-    open_lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    open_lists: dict[tuple[torch.device, torch.dtype, int], tuple[list[Tensor], ...]] = {}
+    sizes: dict[tuple[torch.device, torch.dtype, int], int] = {}
     for p in group["params"]:
         gradient = p.grad
         if gradient is None:
@@ -68,10 +105,10 @@ def gather(
         if not kept:
             for key in keys:
                 kept[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        where = (p.device, p.dtype)
+        where = (p.device, p.dtype, count(kept) if count else 0)
         lists = open_lists.get(where)
         size = p.numel()
-        if lists is not None and where[0].type == "cpu" and sizes[where] + size > _CACHED_ELEMENTS:
+        if lists is not None and cached and where[0].type == "cpu" and sizes[where] + size > _CACHED_ELEMENTS:
             yield lists
             lists = None
         if lists is None:

@@ -63,7 +63,7 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         metrics={each.name: make(resolved, each) for each in resolved.chosen.get("metric", ())},
         loggers=[_logger_factory(resolved, each) for each in resolved.chosen.get("logger", ())],
         method_traits=tuple(
-            traits_of(resolved.object(each))
+            traits_of(resolved.object(each), each.options)
             for kind in ("optimizer", "transform")
             for each in resolved.chosen.get(kind, ())
         ),
@@ -268,7 +268,7 @@ def _optimizer_factory(resolved: Resolved, chosen: Chosen, game: Game | None) ->
     target = resolved.object(chosen)
     options = options_of(target, chosen, {})
     players = options.pop("players", {})
-    named = traits_of(target).needs_parameter_names
+    named = traits_of(target, options).needs_parameter_names
     if players and game is None:
         raise CompositionError(
             "the task has no players",

@@ -52,7 +52,11 @@ def resolve(composition: Composition) -> Resolved:
     objects = {each.path: import_target(each.target) for each in chosen}
     notes: list[str] = []
     trainer = composition.config.trainer
-    methods = [(each, traits_of(objects[each.path])) for each in chosen if each.kind in ("optimizer", "transform")]
+    methods = [
+        (each, traits_of(objects[each.path], each.options))
+        for each in chosen
+        if each.kind in ("optimizer", "transform")
+    ]
     _check_precision(methods, str(trainer.precision))
     _check_sharding(methods, str(trainer.get("strategy", "auto")))
     _check_devices(trainer)
@@ -85,9 +89,9 @@ def _check_precision(methods: Sequence[tuple[Chosen, Traits]], precision: str) -
 
 def _check_sharding(methods: Sequence[tuple[Chosen, Traits]], strategy: str) -> None:
     for chosen, traits in methods:
-        if traits.needs_whole_matrices and any(word in strategy for word in ("fsdp", "model_parallel", "deepspeed")):
+        if traits.needs_whole_tensors and any(word in strategy for word in ("fsdp", "model_parallel", "deepspeed")):
             raise CompositionError(
-                f"{chosen.kind} '{chosen.name}' keeps whole matrices, which sharding would cut",
+                f"{chosen.kind} '{chosen.name}' works on whole tensors, which sharding would cut",
                 found=f"trainer.strategy={strategy}",
                 allowed="trainer.strategy=ddp, or one device",
                 remedy="Use trainer=ddp, or an elementwise method.",
@@ -121,6 +125,7 @@ def _check_devices(trainer: Any) -> None:
 _TASK_METHODS = (
     ("needs_sampled_loss", "sampled_loss", "sampled_loss(self, batch, generator)"),
     ("needs_objectives", "objectives", "objectives(self, batch)"),
+    ("needs_clusters", "clusters", "clusters(self, batch)"),
 )
 
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightrail.errors import ClosureError
 
-__all__ = ["leading_size", "split_batch"]
+__all__ = ["leading_size", "split_batch", "split_by_cluster"]
 
 
 def leading_size(batch: Any) -> int | None:
@@ -56,3 +56,39 @@ def split_batch(batch: Any, count: int) -> list[Any]:
         for leaf in leaves
     ]
     return [pytree.tree_unflatten([each[part] for each in slices], structure) for part in range(count)]
+
+
+def split_by_cluster(batch: Any, clusters: Tensor, count: int) -> list[Any]:
+    """The samples of each cluster, in the batch's own structure; what has no sample axis is in every part.
+
+    Args:
+        batch: Tensors in tuples, lists and dictionaries, samples along the leading axis.
+        clusters: The cluster of each sample, whole numbers from 0 to ``count - 1``.
+        count: How many clusters there are.
+
+    Returns:
+        ``count`` batches, empty for a cluster without samples here.
+
+    Raises:
+        ClosureError: There are not as many clusters as samples, or a number is out of range.
+
+    Example:
+        >>> split_by_cluster(torch.tensor([5, 6, 7]), torch.tensor([1, 0, 1]), 2)
+        [tensor([6]), tensor([5, 7])]
+    """
+    size = leading_size(batch)
+    if clusters.shape != (size,) or not all(0 <= number < count for number in clusters.tolist()):
+        raise ClosureError(
+            "the task's clusters do not number the samples of the batch",
+            found=f"clusters of shape {tuple(clusters.shape)}, {sorted(set(clusters.flatten().tolist()))[:8]}, "
+            f"for a batch of {size}",
+            allowed=f"one whole number from 0 to {count - 1} a sample",
+            remedy="Set the method's number of clusters to the task's, or mend clusters(batch) of the task.",
+        )
+    members = [(clusters == cluster).nonzero().flatten() for cluster in range(count)]
+    leaves, structure = pytree.tree_flatten(batch)
+    has_samples = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size for leaf in leaves]
+    return [
+        pytree.tree_unflatten([x[where] if own else x for x, own in zip(leaves, has_samples, strict=True)], structure)
+        for where in members
+    ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightrail.errors import ClosureError
-from lightrail.step.batches import leading_size, split_batch
+from lightrail.step.batches import leading_size, split_batch, split_by_cluster
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
 
@@ -38,6 +38,8 @@ class Closure:
             labels drawn from the model's own predictive distribution. Needed by :meth:`sampled`.
         objectives_fn: ``objectives_fn(batch)``: the task's losses, a sequence, a mapping or a 1-d tensor. Needed by
             :meth:`jacobian`.
+        clusters_fn: ``clusters_fn(batch)``: the cluster of each sample, whole numbers from 0. Needed by
+            :meth:`clusters`.
         num_samples_fn: ``num_samples_fn(batch)``: how many terms the mean loss of a batch has (tokens for a language
             model); the length of its leading axis where it is not given.
 
@@ -61,6 +63,7 @@ class Closure:
         module: nn.Module | None = None,
         sampled_loss_fn: LossFn | None = None,
         objectives_fn: Callable[..., Any] | None = None,
+        clusters_fn: Callable[..., Tensor] | None = None,
         num_samples_fn: Callable[..., int] | None = None,
         players: Mapping[str, Sequence[Tensor]] | None = None,
         in_turn: bool = False,
@@ -71,6 +74,7 @@ class Closure:
         self._loss_fn = loss_fn
         self._sampled_loss_fn = sampled_loss_fn
         self._objectives_fn = objectives_fn
+        self._clusters_fn = clusters_fn
         self._num_samples_fn = num_samples_fn
         self._batches: list[tuple[Any, ...]] = [(batch,) for batch in batches] or [()]
         self._divisor = len(self._batches)
@@ -262,6 +266,40 @@ class Closure:
         return found
 
     @torch.enable_grad()
+    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
+        """The gradient of the samples of each cluster, over the whole window and all ranks.
+
+        Every sample is evaluated once, together with the others of its cluster.
+
+        Args:
+            count: How many clusters there are; the task numbers them from 0.
+
+        Returns:
+            For each cluster how many samples it has here, and the gradient of their mean loss (zeros where it has
+            none), one tensor a parameter.
+
+        Raises:
+            ClosureError: The task offers no ``clusters``, or numbers one ``count`` or higher.
+        """
+        clusters_fn = self._required(self._clusters_fn, "clusters", "clusters(batch)")
+        self.evaluations += 1
+        parts = [split_by_cluster(batch, clusters_fn(*batch), count) for batch in self._batches]
+        summed_loss = lambda *batch: self._loss_fn(*batch) * leading_size(batch)  # noqa: E731
+        sizes = torch.zeros(count, dtype=torch.float64, device=self.params[0].device)
+        sums = []
+        for cluster in range(count):
+            members = [each[cluster] for each in parts]
+            sizes[cluster] = sum(leading_size(batch) or 0 for batch in members) / self._divisor
+            sums.append(self._filled(self._gradient_here(summed_loss, members)[1]))
+        # All of them, on every rank: a rank may lack a cluster that another has.
+        self._average([sizes, *(tensor for each in sums for tensor in each)])
+        for size, each in zip(sizes.tolist(), sums, strict=True):
+            if size:
+                torch._foreach_div_(each, size)
+        samples = [round(size * self._divisor * self._world_size) for size in sizes.tolist()]
+        return list(zip(samples, sums, strict=True))
+
+    @torch.enable_grad()
     def jacobian(self) -> list[list[Tensor]]:
         """One gradient an objective, for tasks with several losses.
 
@@ -379,7 +417,15 @@ class Closure:
     def _gradient_of(
         self, fn: LossFn, batches: Sequence[tuple[Any, ...]] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and gradient of ``fn`` over the window, through ``.grad`` and back.
+        """The loss and gradient of ``fn`` over the window and all ranks."""
+        losses, found = self._gradient_here(fn, batches or self._batches)
+        self._average([gradient for gradient in found if gradient is not None])
+        return self._mean_over_ranks(losses), found
+
+    def _gradient_here(
+        self, fn: LossFn, batches: Sequence[tuple[Any, ...]]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The losses and the gradient of ``fn`` on this rank, through ``.grad`` and back; empty batches are passed over.
 
         ``backward`` rather than ``autograd.grad``: it gives gradients in the layout of their parameters, and it is
         what the first evaluation used, so that the two are equal bit for bit.
@@ -390,14 +436,15 @@ class Closure:
         losses = []
         try:
             with self._aside():
-                for index, batch in enumerate(batches or self._batches):
+                for index, batch in enumerate(batches):
+                    if leading_size(batch) == 0:
+                        continue
                     losses.append(self._differentiate(self._replay, fn, batch, index))
             found = [p.grad for p in self.params]
         finally:
             for p, gradient in zip(self.params, kept, strict=True):
                 p.grad = gradient
-        self._average([gradient for gradient in found if gradient is not None])
-        return self._mean_over_ranks(losses), found
+        return losses, found
 
     def _differentiate(self, evaluate: Callable[..., Tensor], fn: LossFn, batch: tuple[Any, ...], index: int) -> Tensor:
         """Adds the gradient of one micro-batch to ``.grad``: in a game, each player's own, of its own loss."""

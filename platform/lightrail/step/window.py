@@ -64,6 +64,7 @@ class WindowClosure(Closure):
         self._loss_fn = _loss_of(module.training_step) if game is None else _of_player(module)
         self._sampled_loss_fn = self._on_batch("sampled_loss")
         self._objectives_fn = self._on_batch("objectives")
+        self._clusters_fn = self._on_batch("clusters")
         self._num_samples_fn = self._on_batch("num_samples")
         self._statistics = statistics
         self._batches: list[tuple[Any, ...]] = []

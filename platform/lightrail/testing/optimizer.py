@@ -112,7 +112,7 @@ def _large_state(optimizer: Optimizer) -> list[Tensor]:
 
 def check_declares_its_state_size(plugin: Any, options: Options) -> None:
     """``traits.state`` is what it keeps for each parameter under its defaults, in copies of the parameters."""
-    declared = traits_of(plugin).state
+    declared = traits_of(plugin, options).state
     if declared is None:
         raise NotApplicable("traits.state is not declared")
     problem = Classifier(widths=(160, 160))  # nearly all in one matrix, so that other shapes count for little

@@ -19,7 +19,7 @@ __all__ = ["build", "build_in_groups", "fresh_classifier", "trajectory"]
 
 def build(plugin: Any, problem: Problem, options: Mapping[str, Any]) -> Optimizer:
     """The optimizer of all parameters of a problem; named ones where its traits ask for names."""
-    traits = traits_of(plugin)
+    traits = traits_of(plugin, options)
     if traits.needs_per_sample_gradients:
         raise NotApplicable("it needs one gradient a sample, which a plain loop does not give")
     return plugin(problem.named if traits.needs_parameter_names else problem.params, **options)
@@ -29,7 +29,7 @@ def build_in_groups(
     plugin: Any, problem: Problem, options: Mapping[str, Any], *own: Mapping[str, Any], sizes: tuple[int, ...]
 ) -> Optimizer:
     """The optimizer over consecutive groups of the given sizes, each with options of its own."""
-    entries: list[Any] = problem.named if traits_of(plugin).needs_parameter_names else problem.params
+    entries: list[Any] = problem.named if traits_of(plugin, options).needs_parameter_names else problem.params
     groups, start = [], 0
     for size, extra in zip(sizes, own, strict=True):
         groups.append({"params": entries[start : start + size], **extra})

@@ -38,7 +38,7 @@ def check_keeps_no_gradient_by_reference(plugin: Any, options: Options) -> None:
 
 def check_set_to_none_makes_no_difference(plugin: Any, options: Options) -> None:
     """``zero_grad(set_to_none=False)``, which reuses the tensors in ``.grad``, gives the same path."""
-    if traits_of(plugin).evaluates_again:
+    if traits_of(plugin, options).evaluates_again:
         raise NotApplicable("its closure gives fresh gradients at every call")
 
     def path(set_to_none: bool) -> list[Tensor]:
@@ -63,7 +63,7 @@ def check_steps_without_a_closure(plugin: Any, options: Options) -> None:
             problem.plain_closure(optimizer, step)()
             optimizer.step()
     except ClosureError:
-        require(traits_of(plugin).evaluates_again, "it needs a closure, and its traits do not say so")
+        require(traits_of(plugin, options).evaluates_again, "it needs a closure, and its traits do not say so")
         return
     require_equal(problem.snapshot(), expected, "step() is not step(closure)")
 
@@ -77,17 +77,22 @@ def check_takes_or_refuses_a_plain_closure(plugin: Any, options: Options) -> Non
         for step in range(4):
             optimizer.step(problem.plain_closure(optimizer, step))  # type: ignore[arg-type]
     except ClosureError:
-        require(traits_of(plugin).evaluates_again, "it needs more than torch's closure, and its traits do not say so")
+        require(
+            traits_of(plugin, options).evaluates_again,
+            "it needs more than torch's closure, and its traits do not say so",
+        )
         return
     require(all(bool(p.isfinite().all()) for p in problem.params), "parameters became non-finite")
-    if not traits_of(plugin).evaluates_again:
+    if not traits_of(plugin, options).evaluates_again:
         expected = trajectory(plugin, options, Classifier(), steps=4)
         require_equal(problem.snapshot(), expected, "torch's closure and lightrail's take different paths")
 
 
 def check_spends_the_evaluations_it_declares(plugin: Any, options: Options) -> None:
     """Under its defaults it spends ``1 + traits.extra_evaluations`` a step within a tenth; never two unannounced."""
-    traits = traits_of(plugin)
+    traits = traits_of(plugin, options)
+    if traits.extra_evaluations is None:
+        raise NotApplicable("what it spends depends on the model")
     problem = Classifier()
     optimizer = build(plugin, problem, with_defaults(plugin, options))
     spent = []
@@ -122,7 +127,9 @@ def check_is_the_same_under_lightning(plugin: Any, options: Options) -> None:
     """Under Lightning, with and without accumulation, it takes the path of a loop by hand, bit for bit."""
     from lightrail.testing.under_lightning import require_same_under_lightning
 
-    require_same_under_lightning(lambda problem: build(plugin, problem, options), traits_of(plugin).evaluates_again)
+    require_same_under_lightning(
+        lambda problem: build(plugin, problem, options), traits_of(plugin, options).evaluates_again
+    )
 
 
 def check_follows_a_scheduler(plugin: Any, options: Options) -> None:
@@ -139,7 +146,7 @@ def check_follows_a_scheduler(plugin: Any, options: Options) -> None:
         return problem.snapshot()
 
     alone = trajectory(plugin, options, Classifier(), steps=4)
-    if traits_of(plugin).sets_step_size:
+    if traits_of(plugin, options).sets_step_size:
         try:
             under = path(0.5)
         except (UserError, KeyError) as error:
@@ -168,7 +175,7 @@ def check_takes_a_tensor_lr(plugin: Any, options: Options) -> None:
 
 def check_offers_its_evaluation_point(plugin: Any, options: Options) -> None:
     """``eval()`` goes to the other point and ``train()`` comes back, bit for bit."""
-    if not traits_of(plugin).has_evaluation_point:
+    if not traits_of(plugin, options).has_evaluation_point:
         raise NotApplicable("it trains and evaluates at one point")
     problem = Classifier()
     optimizer: Any = build(plugin, problem, options)

@@ -60,7 +60,7 @@ def check_takes_noncontiguous_parameters(plugin: Any, options: Options) -> None:
         return end
 
     turned, plain = path(transposed=True), path(transposed=False)
-    if not traits_of(plugin).is_stochastic:  # random directions are drawn in the order of memory
+    if not traits_of(plugin, options).is_stochastic:  # random directions are drawn in the order of memory
         require_close(turned, plain, "a transposed parameter takes another path", 1e-9)
 
 
@@ -83,7 +83,7 @@ def check_takes_missing_gradients(plugin: Any, options: Options) -> None:
 
 def check_takes_no_gradient_at_all(plugin: Any, options: Options) -> None:
     """A step in which every gradient is missing goes through and moves nothing."""
-    if traits_of(plugin).evaluates_again:
+    if traits_of(plugin, options).evaluates_again:
         raise NotApplicable("it evaluates the loss itself")
     problem = Classifier()
     optimizer = build(plugin, problem, options)
@@ -104,7 +104,7 @@ def check_takes_an_empty_group(plugin: Any, options: Options) -> None:
 
 def check_takes_groups_with_own_lr(plugin: Any, options: Options) -> None:
     """Another lr in one group changes the first step of that group and of no other."""
-    if traits_of(plugin).sets_step_size:
+    if traits_of(plugin, options).sets_step_size:
         raise NotApplicable("it sets its own step size")
     lr = build(plugin, Classifier(), options).param_groups[0].get("lr")
     if lr is None:

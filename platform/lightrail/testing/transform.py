@@ -104,7 +104,7 @@ def check_resumes_exactly(plugin: Any, options: Options) -> None:
 
 def check_is_exact_under_accumulation(plugin: Any, options: Options) -> None:
     """Two micro-batches are the one batch that they make, to rounding."""
-    traits = traits_of(plugin)
+    traits = traits_of(plugin, options)
     if traits.needs_groups or traits.needs_sampled_loss or traits.needs_objectives:
         raise NotApplicable("it divides or samples the batch, and two micro-batches divide otherwise")
     for name, inner in INNER.items():
@@ -137,7 +137,7 @@ def check_returns_to_the_point(plugin: Any, options: Options) -> None:
 
 def check_spends_the_evaluations_it_declares(plugin: Any, options: Options) -> None:
     """Under its defaults it spends ``1 + traits.extra_evaluations`` a step within a tenth; never two unannounced."""
-    traits = traits_of(plugin)
+    traits = traits_of(plugin, options)
     problem = Classifier()
     optimizer = _around(_sgd, problem, plugin(**with_defaults(plugin, options)))
     spent = []
@@ -162,7 +162,10 @@ def check_takes_or_refuses_a_plain_closure(plugin: Any, options: Options) -> Non
         for step in range(3):
             optimizer.step(problem.plain_closure(optimizer, step))
     except ClosureError:
-        require(traits_of(plugin).evaluates_again, "it needs more than torch's closure, and its traits do not say so")
+        require(
+            traits_of(plugin, options).evaluates_again,
+            "it needs more than torch's closure, and its traits do not say so",
+        )
 
 
 def check_takes_any_parameters(plugin: Any, options: Options) -> None:
@@ -184,7 +187,7 @@ def check_takes_any_parameters(plugin: Any, options: Options) -> None:
 
 def check_moves_masks_and_statistics_once(plugin: Any, options: Options) -> None:
     """Dropout masks are drawn and BatchNorm statistics move once a step, however often it evaluates."""
-    traits = traits_of(plugin)
+    traits = traits_of(plugin, options)
     bare, changed = NormalisedClassifier(), NormalisedClassifier()
     run(bare, _around(_sgd, bare), 1)
     random_state = torch.get_rng_state()

@@ -131,6 +131,10 @@ class Classification(LightningModule):
             labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return F.cross_entropy(logits, labels)
 
+    def clusters(self, batch: Batch) -> Tensor:
+        """The class of each sample ``[B]``: what methods that keep one average a cluster take for its cluster."""
+        return batch[1]
+
     def figures(self) -> dict[str, Figure]:
         """The confusion matrix of the last test, and pictures with their predictions where the inputs are images.
 
