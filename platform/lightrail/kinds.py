@@ -67,6 +67,12 @@ KINDS: dict[str, Kind] = {
         Kind("callback", "a Lightning Callback", many=True, base="Callback"),
         Kind("metric", "a torchmetrics Metric", many=True, base="Metric"),
         Kind("logger", "a Lightning Logger", many=True, base="Logger", supplied=("folder",)),
+        Kind(
+            "problem",
+            "a lightrail.bench.claims.Problem: small enough to train many times over",
+            base="Problem",
+            commands=(),
+        ),
         Kind("launch", "where the run executes", commands=("train", "generate")),
     )
 }

@@ -11,7 +11,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Traits", "traits_of"]
+__all__ = ["Claim", "Traits", "traits_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a paper promises of its method, so that it can be measured.
+
+    Args:
+        sentence: The promise, in one line.
+        baseline: The method of the same kind that it is compared with.
+        margin: By how much, relative to the baseline's, the final loss may be higher and the promise kept: 0 where the
+            promise is a lower loss, 0.02 where it is to be as good.
+        steps: Where the promise is speed: the share of the baseline's passes after which its final loss is reached.
+        problems: The plugins of the kind ``problem`` on which it is measured.
+        options: Options under which it is measured, where the defaults do not fit a small problem.
+    """
+
+    sentence: str
+    baseline: str = "adamw"
+    margin: float = 0.0
+    steps: float | None = None
+    problems: tuple[str, ...] = ("docs_lm", "digits")
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +62,7 @@ class Traits:
         order: Convergence order of a solver.
         example: Options under which the conformance suites build and run it.
         exceptions: Conformance checks that it does not pass, each with the reason.
+        claim: What its paper promises, for ``lightrail bench claims``.
         verified: What of its paper's claims was measured here, one sentence each.
     """
 
@@ -62,6 +85,7 @@ class Traits:
     order: int | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    claim: Claim | None = None
     verified: tuple[str, ...] = ()
 
     @property

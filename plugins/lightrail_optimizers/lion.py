@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
 
@@ -59,6 +59,7 @@ class Lion(TensorwiseOptimizer):
         paper="Chen et al., 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675",
         state=1,
         example={"lr": 0.01},
+        claim=Claim(sentence="a loss as low as AdamW's with half of its state", margin=0.02),
     )
     state_names = ("momentum",)
     rule = staticmethod(lion)

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lightrail.options import at_least, one_of
 from lightrail.step import Closure
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.sophia_base import Sophia
 from lightrail_optimizers.sophia_rule import draw_directions, gauss_newton_bartlett, hutchinson
 
 __all__ = ["SophiaG", "SophiaH"]
 
+_CLAIM = Claim(sentence="the loss of AdamW in half of its steps", steps=0.5, problems=("docs_lm",))
 _PAPER = (
     "Liu, Li, Hall, Liang, Ma, 2023, Sophia: A Scalable Stochastic Second-order Optimizer for Language Model "
     "Pre-training, arXiv:2305.14342"
@@ -81,6 +82,7 @@ class SophiaG(Sophia):
         needs_sampled_loss=True,
         is_stochastic=True,
         example={"lr": 0.01, "update_every": 2},
+        claim=_CLAIM,
     )
     _own = ("batch_size", "_form")
 
@@ -172,6 +174,7 @@ class SophiaH(Sophia):
         needs_second_derivatives=True,
         is_stochastic=True,
         example={"lr": 0.01, "update_every": 2},
+        claim=_CLAIM,
     )
     _own = ("distribution",)
 

@@ -15,6 +15,8 @@ __all__ = ["BENCHES", "main"]
 BENCHES = {
     "startup": "how long the command line and a run take to begin",
     "step": "what a training step costs over plain PyTorch and bare Lightning, and what optimizers cost over AdamW",
+    "optimizers": "what every optimizer's update costs, beside torch's AdamW and other libraries",
+    "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 
 
@@ -30,29 +32,34 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         PluginError: There is no bench of that name.
     """
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name is not None and name not in BENCHES:
+        raise PluginError(
+            f"there is no bench '{name}'",
+            found=name,
+            allowed=", ".join(BENCHES),
+            remedy=f"{closest(name, BENCHES)}Run `lightrail bench --help` for what each measures.",
+        )
     parser = argparse.ArgumentParser(
         prog="lightrail bench",
         description="Measure, beside a peer, in one run.",
-        epilog="\n".join(f"{name:<10}{what}" for name, what in BENCHES.items()),
+        epilog="\n".join(f"{name:<12}{what}" for name, what in BENCHES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures (NAME.json by default)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured; medians are shown")
+    bench = importlib.import_module(f"lightrail.bench.{name}") if name is not None else None
+    if bench is not None and hasattr(bench, "add_arguments"):
+        bench.add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.name not in BENCHES:
-        raise PluginError(
-            f"there is no bench '{options.name}'",
-            found=options.name,
-            allowed=", ".join(BENCHES),
-            remedy=f"{closest(options.name, BENCHES)}Run `lightrail bench --help` for what each measures.",
-        )
     from lightrail.files import replacing
 
-    table = importlib.import_module(f"lightrail.bench.{options.name}").measure(options.rounds)
-    print(table.text())
+    assert bench is not None  # the parser has required a name
+    found = bench.measure(options)
+    print(found.text())
     path = options.json or Path(f"{options.name}.json")
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(table.to_dict(), indent=2) + "\n")
+        temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     print(f"\nwritten to {path}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -30,12 +31,13 @@ class FirstStep(Callback):
 """
 
 
-def measure(rounds: int) -> Table:
+def measure(options: argparse.Namespace) -> Table:
     """Measures commands with 300 more plugins installed, and a run up to its first step.
 
     Args:
-        rounds: How often each; they take turns.
+        options: ``rounds``, how often each; they take turns.
     """
+    rounds = options.rounds
     table = Table(
         f"seconds to answer, with {_PLUGINS} more plugins installed in as many distributions",
         "s ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import tempfile
 import time
@@ -27,12 +28,13 @@ _WARM = 300
 _BATCH = 32
 
 
-def measure(rounds: int) -> Table:
-    """Measures each variant in turn, ``rounds`` times over, so that a busy machine slows all of them alike.
+def measure(options: argparse.Namespace) -> Table:
+    """Measures each variant in turn, round by round, so that a busy machine slows all of them alike.
 
     Args:
-        rounds: How often.
+        options: ``rounds``, how often.
     """
+    rounds = options.rounds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     table = Table(

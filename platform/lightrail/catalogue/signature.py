@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import math
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightrail.catalogue.annotations import evaluated, form_of, text_of
@@ -46,7 +49,7 @@ def schema_of(kind: str, target: str, plugin: Any) -> Schema:
         accepts_any_key=any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()),
         supplied=supplied,
         summary=summary_of(_own_docstring(plugin)),
-        traits=_plain_traits(traits_of(plugin).to_dict()),
+        traits=_plain_traits(_card(target, plugin)),
     )
 
 
@@ -153,9 +156,26 @@ def _namespace(plugin: Any) -> Mapping[str, Any]:
     return written
 
 
+def _card(target: str, plugin: Any) -> dict[str, Any]:
+    """The traits, with what the package's own measurements say of the plugin."""
+    traits = traits_of(plugin)
+    file = _measured_file(target.split(".")[0])
+    measured = json.loads(file.read_text()).get(target, []) if file and file.exists() else []
+    return dataclasses.replace(traits, verified=(*traits.verified, *measured)).to_dict()
+
+
+def _measured_file(package: str) -> Path | None:
+    """Where `lightrail bench claims --cards` writes what it measured of a package's plugins."""
+    home = getattr(sys.modules.get(package), "__file__", None)
+    return Path(home).with_name("measured.json") if home else None
+
+
 def source_files(plugin: Any) -> list[str]:
     """The files whose change may change a plugin's schema: its own, and those of the classes that it extends."""
     things = plugin.__mro__ if isinstance(plugin, type) else (plugin, inspect.unwrap(plugin))
     modules = {getattr(thing, "__module__", None) for thing in things}
     found = (getattr(sys.modules.get(name or ""), "__file__", None) for name in modules)
+    measured = _measured_file(things[0].__module__.split(".")[0])
+    if measured is not None:  # a file that is not there yet is noticed by its folder
+        found = (*found, str(measured if measured.exists() else measured.parent))
     return sorted({file for file in found if file})

@@ -425,7 +425,7 @@ class Closure:
     def _gradient_here(
         self, fn: LossFn, batches: Sequence[tuple[Any, ...]]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The losses and the gradient of ``fn`` on this rank, through ``.grad`` and back; empty batches are passed over.
+        """The losses and the gradient of ``fn`` on this rank, through ``.grad`` and back; empty batches are skipped.
 
         ``backward`` rather than ``autograd.grad``: it gives gradients in the layout of their parameters, and it is
         what the first evaluation used, so that the two are equal bit for bit.

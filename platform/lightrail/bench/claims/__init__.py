@@ -1,0 +1,141 @@
+"""What the papers claim, measured: every method and its baseline under one budget, and a verdict each."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightrail.bench.claims.document import Document
+from lightrail.bench.claims.problem import CountedClosure, Problem, TaskProblem
+from lightrail.bench.claims.record import Measured, read_record, write_record
+from lightrail.bench.claims.trial import Trial
+from lightrail.catalogue import available, load
+from lightrail.errors import UserError
+from lightrail.options import at_least, one_of
+from lightrail.traits import Claim, traits_of
+
+__all__ = ["CountedClosure", "Problem", "TaskProblem", "add_arguments", "measure"]
+
+_KINDS = ("optimizer", "transform")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this bench."""
+    parser.add_argument("--kind", default="optimizer", help=f"whose claims: {', '.join(_KINDS)}")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="some methods, rather than all")
+    parser.add_argument("--trials", type=int, default=6, help="learning rates that each method may try")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparison, apart from that of the trials")
+    parser.add_argument("--folder", type=Path, default=Path("claims"), help="where the document and the record go")
+    parser.add_argument("--cards", type=Path, help="a package's measured.json, which `lightrail plugins NAME` shows")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trials at a time")
+
+
+def measure(options: argparse.Namespace) -> Document:
+    """Measures what is not yet in the folder's record, and makes the document of all that is.
+
+    Args:
+        options: As :func:`add_arguments` describes.
+    """
+    one_of(_KINDS, kind=options.kind)
+    at_least(1, trials=options.trials, seeds=options.seeds, processes=options.processes)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / f"{options.kind}.json"
+    record = read_record(path)
+    wanted = {each.key: each for each in _wanted(options)}
+    missing = [each for key, each in wanted.items() if key not in record]
+    # `spawn`: a forked process would share torch's threads, and stand still.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(options.processes, len(missing)) or 1, context, _one_thread) as pool:
+        futures = {pool.submit(_measure, each, options.trials, options.seeds): each for each in missing}
+        for done, future in enumerate(as_completed(futures), 1):
+            found = future.result()
+            record[found.key] = found
+            write_record(path, record)
+            outcome = found.refused or f"{found.mean:.4g} at lr {found.rate or 'of its own'}"
+            print(f"[{done}/{len(missing)}] {found.problem}  {found.method}  {outcome}", file=sys.stderr, flush=True)
+    document = Document(options.kind, {key: record[key] for key in wanted}, options.trials, options.seeds)
+    document.write(options.folder)
+    if options.cards is not None:
+        document.write_cards(options.cards)
+    return document
+
+
+def _wanted(options: argparse.Namespace) -> list[Measured]:
+    """Each method on the problems of its claim, and the baselines there; none is measured yet."""
+    methods: dict[str, Claim] = {}
+    seen: dict[Any, str] = {}
+    for name in available(options.kind):
+        try:
+            cls = load(options.kind, name)
+        except UserError as error:
+            print(f"left out: {error.what} ({error.remedy})", file=sys.stderr)
+            continue
+        # Of several names for one method, the longest says most: mars_adamw rather than mars.
+        if cls in seen and len(seen[cls]) >= len(name):
+            continue
+        methods.pop(seen.get(cls, ""), None)
+        seen[cls] = name
+        claim = traits_of(cls).claim
+        if claim is not None and (not options.only or name in options.only):
+            methods[name] = claim
+    pairs = {(problem, name): claim for name, claim in methods.items() for problem in claim.problems}
+    for (problem, _), claim in list(pairs.items()):
+        pairs.setdefault((problem, claim.baseline), Claim(sentence=""))
+    return [_unmeasured(options.kind, problem, name, claim) for (problem, name), claim in pairs.items()]
+
+
+def _unmeasured(kind: str, problem: str, name: str, claim: Claim) -> Measured:
+    # A record is of this code: another one must be measured again.
+    modules = (sys.modules[load(*each).__module__] for each in ((kind, name), ("problem", problem)))
+    source = "".join(map(inspect.getsource, modules))
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return Measured(kind, problem, name, dict(claim.options), digest)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _measure(each: Measured, trials: int, seeds: int) -> Measured:
+    """Tunes on one seed, then trains on the others."""
+    from lightrail.bench.claims.trial import run_trial
+    from lightrail.bench.claims.tuning import search
+
+    def trial(options: Mapping[str, Any], seed: int) -> Trial:
+        return run_trial(each.problem, each.kind, each.method, {**each.options, **options}, seed)
+
+    try:
+        start = _first_rate(each)
+        rate = None
+        if start is not None:
+            rate, _ = search(lambda lr: trial({"lr": lr}, 0).final, start, trials)
+        own = {} if rate is None else {"lr": rate}
+        found = [trial(own, seed) for seed in range(1, seeds + 1)]
+    except UserError as error:
+        return Measured(**{**asdict(each), "refused": f"{error.what}: {error.found}"})
+    return Measured(**{**asdict(each), "rate": rate, "trials": tuple(found)})
+
+
+def _first_rate(each: Measured) -> float | None:
+    """The method's own default; none for a method that sets its own step size."""
+    cls = load(each.kind, each.method)
+    if each.kind == "transform":
+        return 1e-3
+    if traits_of(cls, each.options).sets_step_size:
+        return None
+    if "lr" in each.options:
+        return float(each.options["lr"])
+    default = inspect.signature(cls).parameters["lr"].default
+    return float(default) if isinstance(default, int | float) and math.isfinite(default) and default > 0 else 1e-3

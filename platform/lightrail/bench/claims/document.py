@@ -1,0 +1,158 @@
+"""The claims as a document: a table a problem, a picture, and the sentences for each method's card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from lightrail.bench.claims.problem import Problem
+from lightrail.bench.claims.record import Measured
+from lightrail.bench.claims.verdict import Comparison, compare, verdict
+from lightrail.catalogue import load
+from lightrail.files import replacing
+from lightrail.traits import Claim, traits_of
+
+__all__ = ["Document", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one problem beside its baseline."""
+
+    measured: Measured
+    claim: Claim
+    found: Comparison | None
+    verdict: str
+
+
+class Document:
+    """All that was measured of one kind.
+
+    Args:
+        kind: The kind of the methods.
+        record: What was measured.
+        trials: Learning rates that each could try.
+        seeds: Seeds of the comparison.
+    """
+
+    def __init__(self, kind: str, record: Mapping[str, Measured], trials: int, seeds: int) -> None:
+        self.kind, self.trials, self.seeds = kind, trials, seeds
+        by_name = {(each.problem, each.method): each for each in record.values()}
+        self.rows: dict[str, list[Row]] = {}
+        for measured in record.values():
+            claim = traits_of(load(kind, measured.method)).claim or Claim(sentence="")
+            baseline = by_name.get((measured.problem, claim.baseline))
+            self.rows.setdefault(measured.problem, []).append(self._row(measured, claim, baseline))
+        for rows in self.rows.values():
+            rows.sort(key=lambda row: row.measured.mean if row.measured.trials else math.inf)
+
+    @staticmethod
+    def _row(measured: Measured, claim: Claim, baseline: Measured | None) -> Row:
+        if measured.refused or baseline is None or not baseline.trials:
+            return Row(measured, claim, None, f"does not apply: {measured.refused}" if measured.refused else "")
+        problem: type[Problem] = load("problem", measured.problem)
+        found = compare(measured.trials, baseline.trials, problem.passes)
+        return Row(measured, claim, found, verdict(claim, found) if claim.sentence else "")
+
+    def text(self) -> str:
+        """The tables, as Markdown."""
+        return "\n".join([*self._head(), *(line for problem in self.rows for line in self._table(problem))])
+
+    def write(self, folder: Path) -> None:
+        """Writes the tables and the picture."""
+        from lightrail.bench.claims.picture import draw
+
+        with replacing(folder / f"{self.kind}.md") as temporary:
+            temporary.write_text(self.text() + "\n")
+        draw(self, folder / f"{self.kind}.svg")
+
+    def write_cards(self, path: Path) -> None:
+        """Writes what each method's card says, by its class; what the file says of other classes stays."""
+        cards: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
+        own: dict[str, list[str]] = {}
+        for problem, rows in self.rows.items():
+            for row in rows:
+                if row.found is not None and row.claim.sentence:
+                    cls = load(self.kind, row.measured.method)
+                    sentence = _sentence(problem, row, self.seeds)
+                    own.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(sentence)
+        text = json.dumps(dict(sorted({**cards, **own}.items())), indent=1, ensure_ascii=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n")
+
+    def to_dict(self) -> dict[str, object]:
+        """Figures as plain values."""
+        return {
+            problem: {row.measured.method: {"lr": row.measured.rate, "verdict": row.verdict} for row in rows}
+            for problem, rows in self.rows.items()
+        }
+
+    def _head(self) -> list[str]:
+        return [
+            f"# What {self.kind}s claim, and what was measured",
+            "",
+            f"Made by `lightrail bench claims --kind {self.kind}`; not edited by hand.",
+            "",
+            f"Each method tries {self.trials} learning rates on one seed (by decades from its own default, then by "
+            f"halves), a method that sets its own step size none. It then trains from {self.seeds} other seeds, on a "
+            "straight line to zero where it takes a schedule. Every trial spends the same number of forward-backward "
+            "passes: extra evaluations count, a Hessian-vector product counts as two.",
+            "",
+            "*Steps* is the share of those passes after which the method reached the baseline's final loss; ∞ is "
+            "never. A difference counts as seen where it exceeds twice its standard error. Problems of this size "
+            "decide nothing about large models: *cannot be seen* is an honest and frequent answer.",
+            "",
+            f"![Final loss beside the baseline]({self.kind}.svg)",
+        ]
+
+    def _table(self, problem: str) -> list[str]:
+        cls: type[Problem] = load("problem", problem)
+        rule = traits_of(cls).rule
+        lines = ["", f"## {problem}", "", f"{rule}; {cls.passes} passes; {cls.merit_name}.", ""]
+        lines += [
+            f"| method | lr | {cls.merit_name} | difference | steps | claim | verdict |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        return [*lines, *(_line(row) for row in self.rows[problem])]
+
+
+def _line(row: Row) -> str:
+    measured = row.measured
+    name = measured.method + "".join(f" `{key}={value}`" for key, value in sorted(measured.options.items()))
+    claim = f"{row.claim.sentence} ({row.claim.baseline})" if row.claim.sentence else ""
+    if not measured.trials:
+        return f"| {name} | | | | | {claim} | {row.verdict} |"
+    rate = f"{measured.rate:.3g}" if measured.rate is not None else "its own"
+    finals = [trial.final for trial in measured.trials]
+    loss = f"{mean(finals):.4f} ± {stdev(finals):.4f}" if _finite(finals) and len(finals) > 1 else f"{mean(finals):.4g}"
+    if row.found is None or not row.claim.sentence:
+        return f"| {name} | {rate} | {loss} | | | | {row.verdict or 'baseline'} |"
+    return f"| {name} | {rate} | {loss} | {_difference(row.found)} | {_share(row.found)} | {claim} | {row.verdict} |"
+
+
+def _sentence(problem: str, row: Row, seeds: int) -> str:
+    assert row.found is not None
+    if not math.isfinite(row.found.mean):
+        return f"{row.claim.sentence}: {row.verdict} ({problem}: diverged, {seeds} seeds)"
+    shares = f"; {_share(row.found)} of the passes to its final loss" if row.claim.steps is not None else ""
+    return (
+        f"{row.claim.sentence}: {row.verdict} ({problem}: {_difference(row.found)} of {row.found.baseline:.4f} "
+        f"beside {row.claim.baseline}, {seeds} seeds{shares})"
+    )
+
+
+def _difference(found: Comparison) -> str:
+    return f"{found.mean:+.4f} ± {found.error:.4f}" if math.isfinite(found.mean) else "∞"
+
+
+def _share(found: Comparison) -> str:
+    share = median(found.steps)
+    return f"{share:.2f}" if math.isfinite(share) else "∞"
+
+
+def _finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))

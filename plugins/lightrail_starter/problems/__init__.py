@@ -1,0 +1,1 @@
+"""Small problems on which the claims of methods are measured."""
