@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Claim", "Traits", "traits_of"]
+__all__ = ["Claim", "Peer", "Traits", "traits_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,19 @@ class Claim:
     margin: float = 0.0
     steps: float | None = None
     problems: tuple[str, ...] = ("docs_lm", "digits")
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The same method in another library, for a benchmark to measure beside.
+
+    Args:
+        target: The class, as ``module.Class``; a library that is not installed is left out.
+        options: Those under which it does the same work.
+    """
+
+    target: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +75,7 @@ class Traits:
         order: Convergence order of a solver.
         example: Options under which the conformance suites build and run it.
         exceptions: Conformance checks that it does not pass, each with the reason.
+        peers: The same method elsewhere, for ``lightrail bench optimizers``.
         claim: What its paper promises, for ``lightrail bench claims``.
         verified: What of its paper's claims was measured here, one sentence each.
     """
@@ -85,6 +99,7 @@ class Traits:
     order: int | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    peers: tuple[Peer, ...] = ()
     claim: Claim | None = None
     verified: tuple[str, ...] = ()
 

@@ -20,12 +20,14 @@ class Row:
         samples: Each round's value, in the table's unit.
         peer: The row that it is compared with; ratios are taken round by round.
         bound: The greatest ratio (or, without a peer, value) that was aimed at.
+        beside: The peer's samples of the same rounds, where it is not a row or was measured again for this one.
     """
 
     name: str
     samples: tuple[float, ...]
     peer: str | None = None
     bound: float | None = None
+    beside: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -47,16 +49,24 @@ class Table:
     note: str
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, name: str, samples: Sequence[float], peer: str | None = None, bound: float | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        samples: Sequence[float],
+        peer: str | None = None,
+        bound: float | None = None,
+        beside: Sequence[float] = (),
+    ) -> None:
         """Adds a row."""
-        self.rows.append(Row(name, tuple(samples), peer, bound))
+        self.rows.append(Row(name, tuple(samples), peer, bound, tuple(beside)))
 
     def ratio(self, row: Row) -> float | None:
         """The median over rounds of the row's value over its peer's in the same round."""
         peer = next((other for other in self.rows if other.name == row.peer), None)
-        if peer is None:
+        if not row.beside and peer is None:
             return None
-        return median(mine / theirs for mine, theirs in zip(row.samples, peer.samples, strict=True))
+        beside = row.beside or peer.samples  # type: ignore[union-attr]
+        return median(mine / theirs for mine, theirs in zip(row.samples, beside, strict=True))
 
     def text(self) -> str:
         """The table for a terminal."""
