@@ -34,8 +34,10 @@ def search(evaluate: Callable[[float], float], start: float, trials: int) -> tup
     best, stride, direction = 0.0, 1.0, 1.0
     value(best)
     while len(found) < trials:
-        # Where everything diverges or stands still there is nothing to compare: smaller rates are safer.
-        direction = -1.0 if math.isinf(found[best]) else direction
+        if math.isinf(found[best]):  # everything has diverged so far, and smaller rates are safer
+            best, direction = min(found) - stride, -1.0
+            value(best)
+            continue
         places = [best + direction * stride, best - direction * stride]
         new = next((place for place in places if place not in found), None)
         if new is None:

@@ -1,0 +1,66 @@
+"""The problems: made alike from one seed, with gradients that are those of their merit's loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightrail.bench.claims import Problem
+from lightrail.catalogue import available, load
+
+NAMES = available("problem")
+
+
+def made(name: str, seed: int = 1) -> Problem:
+    torch.manual_seed(seed)
+    return load("problem", name)()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_seed_makes_one_problem(name: str) -> None:
+    first, second, other = made(name), made(name), made(name, seed=2)
+    assert first.merit() == second.merit() == first.merit()
+    assert torch.equal(made(name).closure(0)(), made(name).closure(0)())
+    same = [
+        torch.equal(p, q) for (_, p), (_, q) in zip(first.named_parameters(), other.named_parameters(), strict=True)
+    ]
+    assert not all(same) or first.merit() != other.merit()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_closure_gives_gradients_of_every_parameter_and_the_merit_spends_nothing(name: str) -> None:
+    problem = made(name)
+    state = torch.get_rng_state()
+    problem.merit()
+    assert torch.equal(torch.get_rng_state(), state)
+    closure = problem.closure(0)
+    closure()
+    assert closure.passes == 1
+    for named, p in problem.named_parameters():
+        assert p.grad is not None, named
+        assert bool(p.grad.isfinite().all()), named
+    flat = [
+        p for group in problem.groups(named=False) for p in (group["params"] if isinstance(group, dict) else [group])
+    ]
+    assert [id(p) for p in flat] == [id(p) for _, p in problem.named_parameters()]
+
+
+def test_the_least_logistic_loss_has_no_gradient() -> None:
+    torch.manual_seed(1)
+    from lightrail_optimizers.problems.scaled_logistic import ScaledLogistic
+
+    problem = ScaledLogistic()
+    scale = torch.logspace(-3, 3, 30, dtype=torch.float64)
+    u = torch.nn.Parameter(torch.zeros(30, dtype=torch.float64))
+    optimizer = torch.optim.LBFGS([u], max_iter=400, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(problem._x @ (u / scale), problem._y)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        problem._w.copy_(u / scale)
+    assert abs(problem.merit()) < 1e-8
