@@ -26,6 +26,8 @@ class Claim:
         steps: Where the promise is speed: the share of the baseline's passes after which its final loss is reached.
         problems: The plugins of the kind ``problem`` on which it is measured.
         options: Options under which it is measured, where the defaults do not fit a small problem.
+        baseline_options: Those of the baseline.
+        tuned: Whether learning rates are tried; ``None`` for all methods but those that set their own step size.
     """
 
     sentence: str
@@ -34,6 +36,8 @@ class Claim:
     steps: float | None = None
     problems: tuple[str, ...] = ("docs_lm", "digits")
     options: Mapping[str, Any] = field(default_factory=dict)
+    baseline_options: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
 
     options = type("Options", (), {"kind": "optimizer", "only": ["lion"], "trials": 1, "seeds": 1, "cards": None})()
     options.folder, options.processes = tmp_path, 1
-    done = [dataclasses.replace(each, rate=0.1, trials=(trial(3, 1.0),)) for each in claims._wanted(options)]
+    done = [
+        dataclasses.replace(each, rate=0.1, trials=(trial(3, 1.0),)) for each in claims._wanted("optimizer", ["lion"])
+    ]
     assert {each.method for each in done} == {"lion", "adamw"}
     write_record(tmp_path / "optimizer.json", {each.key: each for each in done})
     monkeypatch.setattr(claims, "_measure", lambda *_: pytest.fail("measured again"))

@@ -53,8 +53,8 @@ def measure(options: argparse.Namespace) -> Table:
         f"{len(shapes)} tensors, float32, {options.device}",
         "ms",
         f"medians of {options.rounds} rounds, ratios round by round. What a method asks its closure costs nothing "
-        "here: the time is its own arithmetic.\nBound beside AdamW(foreach), for methods that treat each tensor by itself: "
-        "1.3 per byte of parameters, gradients and state. Bound beside the fastest peer: 1.",
+        "here: the time is its own arithmetic.\nBound beside AdamW(foreach), for methods that treat each tensor by "
+        "itself: 1.3 per byte of parameters, gradients and state. Bound beside the fastest peer: 1.",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> Document:
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / f"{options.kind}.json"
     record = read_record(path)
-    wanted = {each.key: each for each in _wanted(options)}
+    wanted = {each.key: each for each in _wanted(options.kind, options.only)}
     missing = [each for key, each in wanted.items() if key not in record]
     # `spawn`: a forked process would share torch's threads, and stand still.
     context = multiprocessing.get_context("spawn")
@@ -70,13 +70,13 @@ def measure(options: argparse.Namespace) -> Document:
     return document
 
 
-def _wanted(options: argparse.Namespace) -> list[Measured]:
+def _wanted(kind: str, only: Sequence[str]) -> list[Measured]:
     """Each method on the problems of its claim, and the baselines there; none is measured yet."""
     methods: dict[str, Claim] = {}
     seen: dict[Any, str] = {}
-    for name in available(options.kind):
+    for name in available(kind):
         try:
-            cls = load(options.kind, name)
+            cls = load(kind, name)
         except UserError as error:
             print(f"left out: {error.what} ({error.remedy})", file=sys.stderr)
             continue
@@ -86,20 +86,23 @@ def _wanted(options: argparse.Namespace) -> list[Measured]:
         methods.pop(seen.get(cls, ""), None)
         seen[cls] = name
         claim = traits_of(cls).claim
-        if claim is not None and (not options.only or name in options.only):
+        if claim is not None and (not only or name in only):
             methods[name] = claim
-    pairs = {(problem, name): claim for name, claim in methods.items() for problem in claim.problems}
-    for (problem, _), claim in list(pairs.items()):
-        pairs.setdefault((problem, claim.baseline), Claim(sentence=""))
-    return [_unmeasured(options.kind, problem, name, claim) for (problem, name), claim in pairs.items()]
+    wanted: dict[str, Measured] = {}
+    for name, claim in methods.items():
+        for problem in claim.problems:
+            for method, options in ((name, claim.options), (claim.baseline, claim.baseline_options)):
+                each = _unmeasured(kind, problem, method, options)
+                wanted[each.key] = each
+    return list(wanted.values())
 
 
-def _unmeasured(kind: str, problem: str, name: str, claim: Claim) -> Measured:
+def _unmeasured(kind: str, problem: str, name: str, options: Mapping[str, Any]) -> Measured:
     # A record is of this code: another one must be measured again.
     modules = (sys.modules[load(*each).__module__] for each in ((kind, name), ("problem", problem)))
     source = "".join(map(inspect.getsource, modules))
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return Measured(kind, problem, name, dict(claim.options), digest)
+    return Measured(kind, problem, name, dict(options), digest)
 
 
 def _one_thread() -> None:
@@ -129,11 +132,13 @@ def _measure(each: Measured, trials: int, seeds: int) -> Measured:
 
 
 def _first_rate(each: Measured) -> float | None:
-    """The method's own default; none for a method that sets its own step size."""
+    """The method's own default; none for a method whose rate is not to be tried."""
     cls = load(each.kind, each.method)
     if each.kind == "transform":
         return 1e-3
-    if traits_of(cls, each.options).sets_step_size:
+    traits = traits_of(cls, each.options)
+    tuned = traits.claim.tuned if traits.claim is not None else None
+    if not (not traits.sets_step_size if tuned is None else tuned):
         return None
     if "lr" in each.options:
         return float(each.options["lr"])

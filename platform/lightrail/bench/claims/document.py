@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 from lightrail.bench.claims.problem import Problem
 from lightrail.bench.claims.record import Measured
@@ -41,22 +42,23 @@ class Document:
 
     def __init__(self, kind: str, record: Mapping[str, Measured], trials: int, seeds: int) -> None:
         self.kind, self.trials, self.seeds = kind, trials, seeds
-        by_name = {(each.problem, each.method): each for each in record.values()}
         self.rows: dict[str, list[Row]] = {}
         for measured in record.values():
-            claim = traits_of(load(kind, measured.method)).claim or Claim(sentence="")
-            baseline = by_name.get((measured.problem, claim.baseline))
-            self.rows.setdefault(measured.problem, []).append(self._row(measured, claim, baseline))
+            self.rows.setdefault(measured.problem, []).append(self._row(measured, record.values()))
         for rows in self.rows.values():
             rows.sort(key=lambda row: row.measured.mean if row.measured.trials else math.inf)
 
-    @staticmethod
-    def _row(measured: Measured, claim: Claim, baseline: Measured | None) -> Row:
+    def _row(self, measured: Measured, record: Iterable[Measured]) -> Row:
+        claim = traits_of(load(self.kind, measured.method)).claim
+        if claim is None or dict(measured.options) != dict(claim.options):  # it is there for others to be beside
+            return Row(measured, Claim(sentence=""), None, "")
+        name = (measured.problem, claim.baseline, dict(claim.baseline_options))
+        baseline = next((each for each in record if (each.problem, each.method, dict(each.options)) == name), None)
         if measured.refused or baseline is None or not baseline.trials:
             return Row(measured, claim, None, f"does not apply: {measured.refused}" if measured.refused else "")
         problem: type[Problem] = load("problem", measured.problem)
         found = compare(measured.trials, baseline.trials, problem.passes)
-        return Row(measured, claim, found, verdict(claim, found) if claim.sentence else "")
+        return Row(measured, claim, found, verdict(claim, found))
 
     def text(self) -> str:
         """The tables, as Markdown."""
@@ -122,8 +124,8 @@ class Document:
 
 def _line(row: Row) -> str:
     measured = row.measured
-    name = measured.method + "".join(f" `{key}={value}`" for key, value in sorted(measured.options.items()))
-    claim = f"{row.claim.sentence} ({row.claim.baseline})" if row.claim.sentence else ""
+    name = _with_options(measured.method, measured.options)
+    claim = f"{row.claim.sentence} ({_baseline(row.claim)})" if row.claim.sentence else ""
     if not measured.trials:
         return f"| {name} | | | | | {claim} | {row.verdict} |"
     rate = f"{measured.rate:.3g}" if measured.rate is not None else "its own"
@@ -141,8 +143,16 @@ def _sentence(problem: str, row: Row, seeds: int) -> str:
     shares = f"; {_share(row.found)} of the passes to its final loss" if row.claim.steps is not None else ""
     return (
         f"{row.claim.sentence}: {row.verdict} ({problem}: {_difference(row.found)} of {row.found.baseline:.4f} "
-        f"beside {row.claim.baseline}, {seeds} seeds{shares})"
+        f"beside {_baseline(row.claim)}, {seeds} seeds{shares})"
     )
+
+
+def _with_options(method: str, options: Mapping[str, Any]) -> str:
+    return " ".join([method, *(f"{key}={value}" for key, value in sorted(options.items()))])
+
+
+def _baseline(claim: Claim) -> str:
+    return _with_options(claim.baseline, claim.baseline_options)
 
 
 def _difference(found: Comparison) -> str:
