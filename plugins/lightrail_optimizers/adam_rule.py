@@ -19,7 +19,7 @@ _FUSED_DEVICES = ("cpu", "cuda")
 def adam_moments_(g: list[Tensor], m: list[Tensor], v: list[Tensor], *, b1: float, b2: float) -> None:
     """``m = b1 m + (1-b1) g``; ``v = b2 v + (1-b2) g²``, in place."""
     torch._foreach_lerp_(m, g, 1 - b1)
-    torch._foreach_mul_(v, b2)
+    shrink_(v, 1 - b2)
     torch._foreach_addcmul_(v, g, g, 1 - b2)
 
 

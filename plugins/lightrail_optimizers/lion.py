@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative
-from lightrail.traits import Claim, Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
 
@@ -60,6 +60,7 @@ class Lion(TensorwiseOptimizer):
         state=1,
         example={"lr": 0.01},
         claim=Claim(sentence="a loss as low as AdamW's with half of its state", margin=0.02),
+        peers=(Peer("pytorch_optimizer.Lion"), Peer("timm.optim.Lion", {"foreach": True})),
     )
     state_names = ("momentum",)
     rule = staticmethod(lion)

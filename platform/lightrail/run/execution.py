@@ -197,6 +197,8 @@ def _test(run: Run, trainer: Trainer, observation: Observation) -> None:
         return
     path = checkpoint_path(observation.folder)
     if path is not None:
+        # Else the weights, which are already those to be evaluated, would be taken for those of the training point.
+        observation.move_to_evaluation_point(trainer)
         run.task.load_state_dict(load_checkpoint(path)["state_dict"])
     trainer.test(run.task, datamodule=run.data, verbose=False)
 

@@ -22,7 +22,7 @@ from lightrail.run.logged_state import load_logged_state, logged_state
 from lightrail.run.loops import EpochLoop
 from lightrail.run.progress import Progress
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
-from lightrail.step.transform import TransformedOptimizer
+from lightrail.step.transform import CombinedOptimizer, TransformedOptimizer
 
 __all__ = ["Observation"]
 
@@ -130,7 +130,7 @@ class Observation(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._log(trainer)
-        self._move_to_evaluation_point(trainer)
+        self.move_to_evaluation_point(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._move_to_training_point(trainer)
@@ -159,7 +159,7 @@ class Observation(Callback):
         self._progress.close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._move_to_evaluation_point(trainer)
+        self.move_to_evaluation_point(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if hasattr(self, "_progress"):
@@ -281,7 +281,8 @@ class Observation(Callback):
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return int(flag)
 
-    def _move_to_evaluation_point(self, trainer: Trainer) -> None:
+    def move_to_evaluation_point(self, trainer: Trainer) -> None:
+        """Puts the parameters where the method wants them evaluated, if that is elsewhere."""
         if (optimizer := _point_mover(trainer)) is not None:
             optimizer.eval()
 
@@ -294,6 +295,8 @@ def _point_mover(trainer: Trainer) -> Any:
     """The optimizer, where it trains at one point and is evaluated at another."""
     for optimizer in trainer.optimizers or ():
         inner = optimizer.optimizer if isinstance(optimizer, TransformedOptimizer) else optimizer
+        if isinstance(inner, CombinedOptimizer):
+            return inner if inner.has_evaluation_point else None
         if callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None)):
             return inner
     return None

@@ -284,7 +284,7 @@ class Closure:
         clusters_fn = self._required(self._clusters_fn, "clusters", "clusters(batch)")
         self.evaluations += 1
         parts = [split_by_cluster(batch, clusters_fn(*batch), count) for batch in self._batches]
-        summed_loss = lambda *batch: self._loss_fn(*batch) * leading_size(batch)  # noqa: E731
+        summed_loss = lambda *batch: self._loss_fn(*batch) * (leading_size(batch) or 0)  # noqa: E731
         sizes = torch.zeros(count, dtype=torch.float64, device=self.params[0].device)
         sums = []
         for cluster in range(count):

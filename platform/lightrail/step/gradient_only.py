@@ -66,6 +66,9 @@ class GradientOnly(Closure):
     def groups(self, count: int) -> list[list[Tensor]]:
         return self._refuse()
 
+    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
+        return self._refuse()
+
     def jacobian(self) -> list[list[Tensor]]:
         return self._refuse()
 

@@ -102,6 +102,9 @@ class _TransformedClosure(Closure):
     def groups(self, count: int) -> list[list[Tensor]]:
         return self._inner.groups(count)
 
+    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
+        return self._inner.clusters(count)
+
     def jacobian(self) -> list[list[Tensor]]:
         return self._inner.jacobian()
 
@@ -307,3 +310,20 @@ class CombinedOptimizer(_View):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+
+    @property
+    def has_evaluation_point(self) -> bool:
+        """Whether one of them trains and evaluates at different points."""
+        return any(callable(getattr(optimizer, "eval", None)) for optimizer in self.optimizers)
+
+    def train(self) -> None:
+        """Goes to the point where gradients are taken, for those that have two."""
+        for optimizer in self.optimizers:
+            if callable(train := getattr(optimizer, "train", None)):
+                train()
+
+    def eval(self) -> None:
+        """Goes to the point that is to be evaluated, for those that have two."""
+        for optimizer in self.optimizers:
+            if callable(evaluate := getattr(optimizer, "eval", None)):
+                evaluate()

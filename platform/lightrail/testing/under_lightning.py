@@ -38,6 +38,9 @@ class _Task(LightningModule):
     def sampled_loss(self, batch: Any, generator: torch.Generator) -> Tensor:
         return self._problem.sampled_loss(batch, generator)
 
+    def clusters(self, batch: Any) -> Tensor:
+        return self._problem.clusters(batch)
+
     def objectives(self, batch: Any) -> list[Tensor]:
         return self._problem.objectives(batch)
 
