@@ -8,8 +8,8 @@ from lightrail_optimizers.diffgrad import DiffGrad as DiffGrad
 from lightrail_optimizers.dog import DoG as DoG
 from lightrail_optimizers.dog import LDoG as LDoG
 from lightrail_optimizers.efcp_ggt import EFCPGGT as EFCPGGT
-from lightrail_optimizers.efcp_mfac import EFCPTopKMFAC as EFCPTopKMFAC
 from lightrail_optimizers.efcp_mfac import EFCPLowRankMFAC as EFCPLowRankMFAC
+from lightrail_optimizers.efcp_mfac import EFCPTopKMFAC as EFCPTopKMFAC
 from lightrail_optimizers.frugal import FrugalAdamW as FrugalAdamW
 from lightrail_optimizers.frugal import FrugalLion as FrugalLion
 from lightrail_optimizers.frugal import FrugalSGD as FrugalSGD
@@ -27,8 +27,8 @@ from lightrail_optimizers.oasis import OASIS as OASIS
 from lightrail_optimizers.optimistic_adam import OptimisticAdam as OptimisticAdam
 from lightrail_optimizers.optimistic_omd import OptimisticOMD as OptimisticOMD
 from lightrail_optimizers.optimistic_sgd import OptimisticSGD as OptimisticSGD
-from lightrail_optimizers.osd import OSDAdamW as OSDAdamW
 from lightrail_optimizers.osd import OSDSGD as OSDSGD
+from lightrail_optimizers.osd import OSDAdamW as OSDAdamW
 from lightrail_optimizers.osd import OSDLion as OSDLion
 from lightrail_optimizers.past_extragradient import PastExtragradient as PastExtragradient
 from lightrail_optimizers.prodigy import Prodigy as Prodigy

@@ -143,7 +143,8 @@ class LowRankWindow:
     def gram_row(self, n: int, j: int, c: Tensor) -> Tensor:
         out = self._rest.products(n, self._gather(c))
         for left, right in zip(self.left, self.right, strict=True):
-            # Tr (L_i^T R_i)^T (L_j^T R_j), in O(rows + columns): the inner products of factors, multiplied.
+            # Tr (L_i^T R_i)^T (L_j^T R_j), in O(rows + columns): the inner products of factors, multiplied. They are
+            # products of a matrix and a vector, which stay exact where products of matrices may be in TF32.
             out += (self._inner(left, n, j, c) * self._inner(right, n, j, c)).sum((0, 2))
         return out
 

@@ -30,7 +30,7 @@ def feed_back_(e: Tensor, g: Tensor, compress: Callable[[Tensor], Tensor]) -> Te
     """
     a = g + e
     c = compress(a)
-    e.copy_(a.sub_(c) if a is not c else torch.zeros_like(c))
+    torch.sub(a, c, out=e)
     return c
 
 

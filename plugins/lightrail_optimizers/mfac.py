@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from lightrail.options import positive
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.flat_vector import state_holder
 from lightrail_optimizers.gradient_window import DenseWindow, Window, insert, newest_row, solve_shifted
 from lightrail_optimizers.window_optimizer import WindowOptimizer, add_decay_
 
-__all__ = ["GRAM_IS_EXACT", "MFAC", "mfac"]
-
-GRAM_IS_EXACT = {
-    "keeps_state_in_parameter_dtype": (
-        "G G^T, one small matrix a group, is in single precision at least, since a rounded one need not be positive "
-        "definite; what grows with the parameters is in their dtype"
-    )
-}
+__all__ = ["MFAC", "mfac"]
 
 
 def mfac(window: Window, gram: Tensor, j: int, *, m: int, damping: float, x: Tensor | None = None) -> Tensor:
@@ -94,7 +87,13 @@ class MFAC(WindowOptimizer):
         state=1024,  # and m² numbers a group
         needs_whole_tensors=True,
         example={"lr": 0.05, "window": 8, "damping": 0.1, "momentum": 0.5},
-        exceptions=GRAM_IS_EXACT,
+        claim=Claim(
+            sentence="a lower loss than SGD's",
+            baseline="sgd",
+            baseline_options={"momentum": 0.9},
+            problems=("digits", "scaled_logistic"),
+            options={"window": 64},
+        ),
     )
     averages_momentum = True
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.flat_vector import blocks
 from lightrail_optimizers.psgd_base import PAPER, PSGD, psgd_traits_under, step_over
 
@@ -141,6 +141,7 @@ class PSGDXMat(PSGD):
         needs_whole_tensors=True,
         is_stochastic=True,
         example={"lr": 0.05},
+        claim=Claim(sentence="a lower loss than Adam's", problems=("docs_lm", "digits", "scaled_logistic")),
     )
 
     @staticmethod

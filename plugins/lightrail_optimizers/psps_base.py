@@ -13,7 +13,7 @@ from torch import Tensor
 from lightrail.errors import ClosureError
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.step import Closure
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.closure_answers import average_curvature_, gradients, inner, moving, truncated, wide
 from lightrail_optimizers.psps_rule import adagrad_scale, adam_scale
 from lightrail_optimizers.tensor_lists import add_scaled_, gather
@@ -31,6 +31,11 @@ TRAITS = Traits(
     needs_closure=True,
     needs_whole_tensors=True,
     sets_step_size=True,
+    claim=Claim(
+        sentence="better than tuned SGD on badly scaled problems, with no rate",
+        baseline="sgd",
+        problems=("scaled_logistic", "digits"),
+    ),
 )
 _PRECONDITIONERS = ("adagrad", "adam", "hutchinson", "none")
 _Scaled = tuple[list[Tensor], list[Tensor], list[Tensor]]

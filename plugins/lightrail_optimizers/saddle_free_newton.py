@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail.options import at_least, non_negative
 from lightrail.step import Closure
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.closure_answers import answers_for, gradients, moving, points_of
 from lightrail_optimizers.flat_vector import flatten, unflatten
 from lightrail_optimizers.tensorwise import MethodOptimizer, require_closure
@@ -128,6 +128,7 @@ class SaddleFreeNewton(MethodOptimizer):
         needs_second_derivatives=True,
         needs_whole_tensors=True,
         example={"krylov_dimension": 4},
+        claim=Claim(sentence="leaves a saddle that holds SGD", baseline="sgd", problems=("saddle",)),
     )
 
     def __init__(

@@ -310,3 +310,14 @@ def test_one_gradient_an_objective() -> None:
     assert [row[0].tolist() for row in closure.jacobian()] == [[2.0, 0.0], [0.0, 3.0]]
     with pytest.raises(ClosureError, match="objectives"):
         Closure(lambda: w.sum(), [w]).jacobian()
+
+
+def test_a_parameter_in_which_the_loss_is_linear_leaves_the_others_their_curvature() -> None:
+    a, c = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.ones(3))
+    closure = Closure(lambda: (a**3).sum() + c.sum() + (a * c[:2]).sum(), [a, c])
+    h_a, h_c = closure.hvp([torch.ones(2), torch.ones(3)])
+    assert h_a.tolist() == [6.0 + 1, 12.0 + 1]
+    assert h_c.tolist() == [1.0, 1.0, 0.0]
+    b = nn.Parameter(torch.ones(2))
+    only, none = Closure(lambda: (a**2).sum() + b.sum(), [a, b]).hvp([torch.ones(2), torch.ones(2)])
+    assert (only.tolist(), none.tolist()) == ([2.0, 2.0], [0.0, 0.0])

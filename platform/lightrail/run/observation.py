@@ -313,11 +313,14 @@ def _learning_rates(trainer: Trainer) -> dict[str, float]:
 
 def _figures(trainer: Trainer) -> dict[str, float]:
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    transforms: Sequence[Any] = optimizer.transforms if isinstance(optimizer, TransformedOptimizer) else ()
+    methods: Sequence[Any] = (optimizer,)
+    if isinstance(optimizer, TransformedOptimizer):
+        methods = (optimizer.optimizer, *optimizer.transforms)
     return {
-        f"{type(transform).__name__.lower()}_{name}": value
-        for transform in transforms
-        for name, value in transform.logged().items()
+        f"{type(method).__name__.lower()}_{name}": value
+        for method in methods
+        if callable(getattr(method, "logged", None))
+        for name, value in method.logged().items()
     }
 
 

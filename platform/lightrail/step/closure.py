@@ -200,17 +200,23 @@ class Closure:
                 gradients = torch.autograd.grad(
                     loss, params, create_graph=True, allow_unused=True, materialize_grads=True
                 )
+                # A parameter that the loss is linear in has a gradient that does not depend on any.
+                curved = [
+                    (g, vectors[i].to(p.dtype))
+                    for g, i, p in zip(gradients, where, params, strict=True)
+                    if g.requires_grad
+                ]
+                if not curved:
+                    continue
                 try:
                     products = torch.autograd.grad(
-                        gradients,
+                        [g for g, _ in curved],
                         params,
-                        grad_outputs=[vectors[i].to(p.dtype) for i, p in zip(where, params, strict=True)],
+                        grad_outputs=[v for _, v in curved],
                         allow_unused=True,
                         materialize_grads=True,
                     )
                 except RuntimeError as error:
-                    if "does not require grad" in str(error):  # a loss that is linear in its parameters
-                        continue
                     raise ClosureError(
                         "the loss cannot be differentiated twice",
                         found=str(error).splitlines()[0],

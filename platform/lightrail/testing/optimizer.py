@@ -95,14 +95,27 @@ def check_keeps_parameter_dtype(plugin: Any, options: Options) -> None:
 
 def check_keeps_state_in_parameter_dtype(plugin: Any, options: Options) -> None:
     """State that grows with the parameters has their dtype and device; counters and other scalars are free."""
+    wider = Classifier(widths=(9,))
+    other = build(plugin, wider, options)
+    run_problem(wider, other, 3)
     for dtype in DTYPES:
         _, optimizer = _after_three_steps(plugin, options, dtype)
-        for tensor in _large_state(optimizer):
+        for tensor in _growing_state(optimizer, other):
             require(
                 not tensor.is_floating_point() or tensor.dtype == dtype,
                 f"with {dtype} parameters it keeps state of shape {tuple(tensor.shape)} in {tensor.dtype}",
             )
             require(tensor.device.type == "cpu", f"with parameters on the CPU it keeps state on {tensor.device}")
+
+
+def _growing_state(optimizer: Optimizer, wider: Optimizer) -> list[Tensor]:
+    """The state that has another shape where the parameters do."""
+    theirs = dict(pytree.tree_flatten_with_path(wider.state_dict())[0])
+    return [
+        leaf
+        for path, leaf in pytree.tree_flatten_with_path(optimizer.state_dict())[0]
+        if isinstance(leaf, Tensor) and getattr(theirs.get(path), "shape", None) != leaf.shape
+    ]
 
 
 def _large_state(optimizer: Optimizer) -> list[Tensor]:
@@ -112,11 +125,12 @@ def _large_state(optimizer: Optimizer) -> list[Tensor]:
 
 def check_declares_its_state_size(plugin: Any, options: Options) -> None:
     """``traits.state`` is what it keeps for each parameter under its defaults, in copies of the parameters."""
-    declared = traits_of(plugin, options).state
+    defaults = with_defaults(plugin, options)
+    declared = traits_of(plugin, defaults).state
     if declared is None:
         raise NotApplicable("traits.state is not declared")
     problem = Classifier(widths=(160, 160))  # nearly all in one matrix, so that other shapes count for little
-    optimizer = build(plugin, problem, with_defaults(plugin, options))
+    optimizer = build(plugin, problem, defaults)
     run_problem(problem, optimizer, 12)
     parameters = sum(p.numel() for p in problem.params)
     measured = sum(tensor.numel() for tensor in _large_state(optimizer)) / parameters

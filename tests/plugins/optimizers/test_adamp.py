@@ -80,7 +80,7 @@ def sgdp_by_numpy(w, gradients, lr=0.1, wd=0.5, momentum=0.9, dampening=0.0, rat
         g = gradient.numpy()
         m = momentum * m + (1 - dampening) * g
         u, fires = projected(g + momentum * m if nesterov else m, w, g)
-        m = u if official else m
+        m = u if official and not nesterov else m
         fired.append(fires)
         w = w * (1 - lr * wd * (ratio if fires else 1) / (1 - momentum)) - lr * u
     return torch.as_tensor(w), fired
@@ -133,7 +133,10 @@ def test_adamp_over_several_steps(path, shape, nesterov):
     close(stepped(AdamP([w], lr=0.01, weight_decay=0.5, nesterov=nesterov), w, *gradients), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"form": "official"}, {"dampening": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nesterov": True}, {"form": "official"}, {"form": "official", "nesterov": True}, {"dampening": 0.5}],
+)
 @pytest.mark.parametrize("shape", [(4, 6), (3, 2, 2, 2)])
 def test_sgdp_over_several_steps(path, shape, options):
     start = random(*shape)
@@ -157,6 +160,7 @@ def test_the_paper_leaves_the_momentum_whole_and_the_authors_code_does_not():
         optimizer = SGDP([w], lr=0.1, form=form)
         stepped(optimizer, w, g)
         close(optimizer.state[w]["momentum"], expected)
+        assert w.grad is not None
         assert torch.equal(w.grad, g)
     assert not torch.allclose(g, expected)
 
@@ -231,13 +235,28 @@ def test_agrees_with_pytorch_optimizer(kind, nesterov):
 
 
 def test_half_precision_is_tested_and_projected_in_single():
-    start = (100 * random(4, 256)).bfloat16()
-    gradient = at_right_angles(start.double(), 1).bfloat16()
-    w = nn.Parameter(start.clone())
-    moved = (stepped(SGDP([w], lr=1.0, momentum=0.0), w, 100 * gradient) - start).double()
-    cosines = (moved * start.double()).sum(1) / moved.norm(dim=1) / start.double().norm(dim=1)
-    assert cosines.abs().max() < 0.1 / 256**0.5
-    assert w.dtype == torch.bfloat16
+    w, u = random(64, 256).bfloat16(), random(64, 256, seed=1).bfloat16()
+    u = u + 10 * w
+    found = scale_invariant.invariances([w], [at_right_angles(w.double(), 2).bfloat16()], delta=0.1, eps=1e-8)
+    assert found[0] is not None
+    assert found[0].by_row
+    result = scale_invariant.projected([u], [w], found, eps=1e-8)[0]
+    assert result.dtype == torch.bfloat16
+    left, taken = (result.double() * w).sum(1), (u.double() * w).sum(1)
+    assert (left / taken).abs().max() < 1e-3  # a coefficient in bfloat16 alone would be wrong by 4e-3
+
+
+def test_the_threshold_is_that_of_the_size_of_a_row_or_of_the_whole():
+    """0.1 / sqrt(4) and 0.1 / sqrt(64); a gradient with one cosine for all rows has it as a whole too."""
+    w = F.normalize(random(16, 4), dim=1)
+    across = F.normalize(at_right_angles(w, 1), dim=1)
+    signs = doubles([1.0, -1.0] * 8)[:, None]
+    fires = {}
+    for name, cosine in (("0.04", 0.04), ("0.06", 0.06), ("0.06 to and fro", 0.06 * signs)):
+        g = cosine * w + (1 - cosine**2) ** 0.5 * across
+        found = scale_invariant.invariances([w], [g], delta=0.1, eps=1e-8)[0]
+        fires[name] = None if found is None else (bool(found.by_row), bool(found.whole))
+    assert fires == {"0.04": (True, False), "0.06": None, "0.06 to and fro": (False, True)}
 
 
 def test_weights_before_a_normalisation_keep_their_norm():

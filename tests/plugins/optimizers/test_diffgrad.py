@@ -63,6 +63,7 @@ def test_weight_decay_is_part_of_every_gradient_also_of_the_one_that_is_kept():
     close(stepped(optimizer, w, *gradients), by_numpy(gradients, wd=0.3))
     at_third_step = by_numpy(gradients[:2], wd=0.3)
     close(optimizer.state[w]["previous_gradient"], gradients[2] + 0.3 * at_third_step)
+    assert w.grad is not None
     assert torch.equal(w.grad, gradients[2])
 
 
@@ -86,6 +87,7 @@ def test_the_previous_gradient_is_a_copy(set_to_none):
         (w * gradient).sum().backward()
         optimizer.step()
     close(w.detach(), by_numpy(GRADIENTS))
+    assert w.grad is not None
     assert optimizer.state[w]["previous_gradient"].data_ptr() != w.grad.data_ptr()
 
 

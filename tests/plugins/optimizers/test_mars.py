@@ -1,17 +1,13 @@
-"""MARS by hand, its reduction to AdamW, what it corrects, and the exact form."""
+"""MARS by hand, its reduction to AdamW, and what it corrects."""
 
 from __future__ import annotations
-
-import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightrail import Closure
-from lightrail.errors import ClosureError, ConfigurationError
-from lightrail.traits import traits_of
+from lightrail.errors import ConfigurationError
 from lightrail_optimizers import MARS, MARSLion, MARSShampoo
 from lightrail_optimizers.mars_rule import corrected_
 from lightrail_optimizers.newton_schulz import newton_schulz
@@ -99,12 +95,11 @@ def test_each_tensor_is_clipped_by_its_own_norm():
 
 
 def test_the_norm_of_half_precision_is_computed_in_single():
-    # The norm is 1.002, which bfloat16 rounds to 1.
-    g = torch.full((257,), 0.0625, dtype=torch.bfloat16)
+    # The norm is 1.0039, which bfloat16 rounds to 1.
+    g = torch.full((258,), 0.0625, dtype=torch.bfloat16)
     c = corrected_([torch.zeros_like(g)], [g], gamma=0.0, b1=0.9)[0]
-    assert c.dtype == torch.bfloat16
-    torch.testing.assert_close(c.float(), g.float() / g.float().norm(), rtol=2**-8, atol=0)
-    assert (257 * 0.0625**2) ** 0.5 > 1
+    assert torch.equal(c, torch.full((258,), 0.0625 / (258 * 0.0625**2) ** 0.5, dtype=torch.bfloat16))
+    assert (c < g).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,30 +189,6 @@ def test_gamma_is_read_from_the_group():
 # Shampoo.
 
 
-def test_newton_schulz_is_a_polynomial_of_each_singular_value():
-    def iterated(s, steps=5, a=3.4445, b=-4.7750, c=2.0315):
-        for _ in range(steps):
-            s = a * s + b * s**3 + c * s**5
-        return s
-
-    matrices = [random(3, 5), random(5, 3, seed=1), random(4, 4, seed=2), random(3, 5, seed=3)]
-    kept = [matrix.clone() for matrix in matrices]
-    for matrix, found in zip(matrices, newton_schulz(matrices, eps=1e-30), strict=True):
-        left, s, right = torch.linalg.svd(matrix, full_matrices=False)
-        close(found, left @ torch.diag(iterated(s / s.norm())) @ right)
-    assert all(torch.equal(a, b) for a, b in zip(matrices, kept, strict=True))
-    low, high = 0.68, 1.2
-    singular = torch.linalg.svdvals(newton_schulz([random(6, 6)])[0])
-    assert ((singular > low) & (singular < high)).all()
-
-
-def test_newton_schulz_keeps_shapes_and_dtypes():
-    matrices = [torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3, 2), torch.zeros(2, 2)]
-    found = newton_schulz(matrices)
-    assert [(f.shape, f.dtype) for f in found] == [(m.shape, m.dtype) for m in matrices]
-    assert not found[2].any()
-
-
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (5, 3, 2, 1)])
 def test_shampoo_by_hand(shape):
     w = nn.Parameter(random(*shape))
@@ -234,145 +205,6 @@ def test_shampoo_by_hand(shape):
 def test_shampoo_updates_vectors_as_mars_where_it_is_to_correct_them():
     w, v = nn.Parameter(doubles(1.0, -2.0)), nn.Parameter(doubles(1.0, -2.0))
     close(stepped(MARSShampoo([w], **OPTIONS), w, *GRADIENTS), stepped(MARS([v], **OPTIONS), v, *GRADIENTS), atol=0)
-
-
-# The exact form.
-
-
-class Task:
-    """A loss that differs from batch to batch, with a matrix, a convolution and a bias."""
-
-    def __init__(self):
-        self.params = [nn.Parameter(random(3, 2)), nn.Parameter(random(2, 2, 2, 1, seed=1)), nn.Parameter(random(3))]
-
-    def loss(self, batch):
-        return 0.05 * torch.stack([((p - batch) ** 4).sum() for p in self.params]).sum()
-
-    def closure(self, batch):
-        return Closure(self.loss, self.params, torch.tensor(float(batch)))
-
-    def gradient(self, points, batch):
-        points = [p.detach().clone().requires_grad_() for p in points]
-        return torch.autograd.grad(0.05 * sum(((p - batch) ** 4).sum() for p in points), points)
-
-
-def exact_by_hand(task, batches, lr=0.1, k=K):
-    """MARS-AdamW with the gradient of each batch at the parameters of the step before."""
-    x = [p.detach().clone() for p in task.params]
-    before, m, v = x, [0.0] * 3, [0.0] * 3
-    for t, batch in enumerate(batches, 1):
-        now, earlier = task.gradient(x, batch), task.gradient(before, batch)
-        before = x
-        moved = []
-        for i, (p, g, g_prev) in enumerate(zip(x, now, earlier, strict=True)):
-            c = g + k * (g - g_prev)
-            c = c / c.norm().clamp(min=1)
-            m[i], v[i] = 0.95 * m[i] + 0.05 * c, 0.99 * v[i] + 0.01 * c**2
-            moved.append(p - lr * (m[i] / (1 - 0.95**t)) / ((v[i] / (1 - 0.99**t)).sqrt() + 1e-8))
-        x = moved
-    return x
-
-
-BATCHES = (0.5, -0.5, 0.25, 1.0)
-
-
-def test_exact_takes_the_current_batch_at_the_previous_parameters():
-    task = Task()
-    expected = exact_by_hand(task, BATCHES)
-    optimizer = MARS(task.params, lr=0.1, exact=True, optimize_1d=True)
-    evaluations = []
-    for batch in BATCHES:
-        closure = task.closure(batch)
-        before = task.loss(torch.tensor(batch))
-        close(optimizer.step(closure), before.detach())
-        evaluations.append(closure.evaluations)
-    for found, each in zip(task.params, expected, strict=True):
-        close(found.detach(), each)
-    assert evaluations == [1, 2, 2, 2]
-    without = Task()
-    approximate = MARS(without.params, lr=0.1, optimize_1d=True)
-    for batch in BATCHES:
-        approximate.step(without.closure(batch))
-    assert not torch.allclose(without.params[0], expected[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("maximize", [False, True])
-def test_exact_moves_uncorrected_tensors_to_the_previous_point_too(kind, maximize):
-    """The bias is AdamW's, but the gradient at the previous parameters depends on it."""
-    sign = -1 if maximize else 1
-
-    def loss_of(w, b):
-        return lambda batch: sign * ((w * b * batch) ** 2).sum() / 10
-
-    w, b = nn.Parameter(random(2, 2)), nn.Parameter(random(2, seed=1))
-    optimizer = kind([w, b], lr=0.1, lr_1d=0.1, exact=True, maximize=maximize)
-    points, batches = [], (1.0, 2.0, 3.0)
-    for batch in batches:
-        points.append((w.detach().clone(), b.detach().clone()))
-        optimizer.step(Closure(loss_of(w, b), [w, b], torch.tensor(batch)))
-    m = 0.0
-    for t, batch in enumerate(batches):
-        (w1, b1), (w0, b0) = points[t], points[max(t - 1, 0)]
-        g, g_prev = (w1 * b1**2 * batch**2 / 5), (w0 * b0**2 * batch**2 / 5)
-        c = g + K * (g - g_prev)
-        m = 0.95 * m + 0.05 * c / c.norm().clamp(min=1)
-    close(optimizer.state[w]["momentum"], m)
-    assert "previous_gradient" not in optimizer.state[w]
-
-
-def test_exact_keeps_the_place_of_a_parameter_that_was_left_out():
-    w, late = nn.Parameter(random(2, 2)), nn.Parameter(random(2, 2, seed=1))
-    optimizer = MARS([w, late], lr=0.1, exact=True)
-    for used in (True, False, True):
-        before = late.detach().clone()
-        parts = [w, late] if used else [w]
-        optimizer.step(Closure(lambda parts=parts: torch.stack([(p**2).sum() for p in parts]).sum(), [w, late]))
-        assert torch.equal(late, before) is not used
-        assert torch.equal(optimizer.state[late]["previous"], before)
-
-
-def test_exact_resumes():
-    def run(task, optimizer, batches):
-        for batch in batches:
-            optimizer.step(task.closure(batch))
-        return [p.detach().clone() for p in task.params]
-
-    whole, first, second = Task(), Task(), Task()
-    expected = run(whole, MARS(whole.params, lr=0.1, exact=True), BATCHES)
-    optimizer = MARS(first.params, lr=0.1, exact=True)
-    middle = run(first, optimizer, BATCHES[:2])
-    with torch.no_grad():
-        torch._foreach_copy_(second.params, middle)
-    resumed = MARS(second.params, lr=0.1, exact=True)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for a, b in zip(run(second, resumed, BATCHES[2:]), expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_exact_survives_a_deep_copy():
-    task = Task()
-    optimizer = MARS(task.params, lr=0.1, exact=True)
-    optimizer.step(task.closure(0.5))
-    twin_task, twin = copy.deepcopy((task, optimizer))
-    optimizer.step(task.closure(1.0))
-    twin.step(twin_task.closure(1.0))
-    for a, b in zip(task.params, twin_task.params, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_exact_declares_and_demands_what_it_needs():
-    for kind in KINDS:
-        assert not traits_of(kind).evaluates_again
-        assert not traits_of(kind, {"exact": False}).evaluates_again
-        under = traits_of(kind, {"exact": True})
-        assert under.needs_closure
-        assert (under.extra_evaluations, under.state) == (1, traits_of(kind).state)
-    w = nn.Parameter(random(2, 2))
-    with pytest.raises(ClosureError, match="MARS evaluates the gradient at the previous parameters"):
-        MARS([w], exact=True).step()
-    with pytest.raises(ConfigurationError, match="exact holds for all groups"):
-        MARS([{"params": [w], "exact": True}])
 
 
 # Options.

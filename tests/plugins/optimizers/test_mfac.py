@@ -201,12 +201,12 @@ def test_small_damping_keeps_its_digits_in_single_precision():
 
 def test_half_precision_parameters_hold_a_half_precision_window_and_a_single_precision_matrix():
     w, window = parameter(dtype=torch.bfloat16), deque(maxlen=M)
-    optimizer = MFAC([w], lr=1.0, window=M, damping=0.1)
+    optimizer = MFAC([w], lr=1.0, window=M, damping=0.1, weight_decay=0.3)
     for g in gradients(9):
-        rounded = torch.as_tensor(g).bfloat16()
-        window.append(rounded.double().numpy())
         with torch.no_grad():
-            w.zero_()
+            w.fill_(0.25)
+        rounded = torch.as_tensor(g).bfloat16()
+        window.append((rounded.float() + 0.3 * 0.25).bfloat16().double().numpy())
         close(step_with(optimizer, w, rounded), dense_direction(window, window[-1], M, 0.1), tolerance=1e-2)
     kept = optimizer.state[w]
     assert (kept["window"].dtype, kept["gram"].dtype) == (torch.bfloat16, torch.float32)

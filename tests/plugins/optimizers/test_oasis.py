@@ -101,6 +101,7 @@ def test_without_curvature_it_is_adaptive_gradient_descent():
 def test_the_step_size_where_its_rule_has_no_value():
     one, none, infinite = [doubles(1.0)], [doubles(0.0)], [doubles(math.inf)]
     assert oasis_step_size(none, none, one, eta=0.1, theta=math.inf) == 0.1
+    assert oasis_step_size(none, none, one, eta=0.1, theta=1.0) == 0.1
     assert oasis_step_size(one, none, one, eta=0.1, theta=math.inf) == 0.1
     assert oasis_step_size(one, none, one, eta=0.1, theta=3.0) == pytest.approx(0.2)
     assert oasis_step_size(one, infinite, one, eta=0.1, theta=1.0) == 0.1

@@ -188,6 +188,11 @@ def test_slack_with_an_inertia_of_one_by_hand():
     assert polyak_l1(f, n, 0.0, lam=9.0, mu=1.0) == (pytest.approx(f / n), 0.0)
 
 
+def test_where_the_gradient_is_zero_the_slack_takes_the_whole_loss():
+    for rule in (polyak_l1, polyak_l2):
+        assert rule(2.0, 0.0, 0.5, lam=0.1, mu=1.0)[1] == pytest.approx(2.0, abs=1e-12)
+
+
 def test_slack_of_the_unpreconditioned_paper():
     """Gower et al., 2022: ``(1-l)/2 (||Δ||² + (s' - s)²)`` and a price of ``l s'²/2`` or ``l s'/2``."""
     f, n, s, weight = 2.0, 3.0, 0.5, 0.2

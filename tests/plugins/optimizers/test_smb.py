@@ -13,6 +13,7 @@ from lightrail import Closure
 from lightrail.errors import ClosureError, ConfigurationError
 from lightrail.testing.optimizer import CHECKS
 from lightrail.testing.suite import examine, name_of
+from lightrail.traits import traits_of
 from lightrail_optimizers import SMB
 from lightrail_optimizers.smb import model_coefficients, model_steps
 
@@ -42,7 +43,8 @@ def by_the_formula(s, y, g, trial_g, omega=0.99):
 
 
 def test_the_model_by_hand():
-    sigma, theta, step = by_the_formula(*(np.array([v]) for v in (-3.0, -9.0, 3.0, 3.0)))
+    s, y, g = np.array([-3.0]), np.array([-9.0]), np.array([3.0])
+    sigma, theta, step = by_the_formula(s, y, g, g)
     assert sigma == pytest.approx(4.5454545455, abs=1e-9)
     assert theta == pytest.approx(573.5537190083, abs=1e-9)
     assert step[0] == pytest.approx(-0.4279538905, abs=1e-9)
@@ -116,20 +118,16 @@ def test_the_decrease_that_is_asked_for(c, passes):
 
 
 def test_groups_are_tried_at_once():
-    """One group's decrease would carry another's increase, were they tried one after another."""
-
-    def loss(a, b):
-        return 8 * (a**2).sum() / 2 + 0.05 * (b**2).sum() / 2
-
+    """The first group's trial would pass by itself, and the second's would not; together they do not."""
     ends = []
-    for make in (lambda a, b: [a, b], lambda a, b: [{"params": [a]}, {"params": [b]}], lambda a, b: [b, a]):
-        a, b = parameter(1.0), parameter(10.0)
-        optimizer = SMB(make(a, b), lr=0.235)
-        for _ in range(4):
-            optimizer.step(Closure(lambda a=a, b=b: loss(a, b), [a, b]))
+    for groups_of in (lambda a, b: [a, b], lambda a, b: [{"params": [a]}, {"params": [b]}]):
+        a, b = parameter(1.0), parameter(1.0)
+        optimizer = SMB(groups_of(a, b), lr=0.6, c=0.3)
+        optimizer.step(Closure(lambda a=a, b=b: (a**2 + 3 * b**2).sum() / 2, [a, b]))
+        assert optimizer.logged() == {"model_step": 1.0}
         ends.append(torch.cat([a, b]).detach())
-    assert torch.equal(ends[0], ends[1])
-    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(*ends)
+    assert ends[0][0] != pytest.approx(0.4)
 
 
 def test_groups_promise_with_their_own_learning_rates():
@@ -137,7 +135,6 @@ def test_groups_promise_with_their_own_learning_rates():
     optimizer = SMB([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}], c=0.1)
     optimizer.step(Closure(lambda: (a + 3 * b).sum(), [a, b]))
     assert (a.item(), b.item()) == (pytest.approx(0.9), pytest.approx(1.4))
-    # A decrease of 1.9 is all that a linear loss can bring; asked for all of it, rounding decides.
     assert optimizer._promised([(g, g["params"]) for g in optimizer.param_groups]) == pytest.approx(0.1 * 1.9)
 
 
@@ -201,6 +198,14 @@ def test_the_independent_kind_in_numpy_terms():
         np.testing.assert_allclose(w.detach().numpy(), x, rtol=0, atol=1e-9)
         assert optimizer.logged() == {"model_step": float(kinds[-1] == "model")}
     assert set(kinds) == {"model", "passed", "failed"}
+
+
+def test_only_the_independent_kind_keeps_anything():
+    for options, state in (({}, 0), ({"independent": True}, 1)):
+        x = parameter(1.0, 2.0)
+        optimizer = SMB([x], lr=3.0, **options)
+        optimizer.step(Closure(lambda x=x: (x**2).sum(), [x]))
+        assert len(optimizer.state[x]) == traits_of(SMB, options).state == state
 
 
 def test_a_debt_is_paid_after_a_checkpoint():

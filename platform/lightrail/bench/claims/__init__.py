@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import inspect
 import math
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lightrail.bench.claims.document import Document
@@ -99,10 +101,29 @@ def _wanted(kind: str, only: Sequence[str]) -> list[Measured]:
 
 def _unmeasured(kind: str, problem: str, name: str, options: Mapping[str, Any]) -> Measured:
     # A record is of this code: another one must be measured again.
-    modules = (sys.modules[load(*each).__module__] for each in ((kind, name), ("problem", problem)))
-    source = "".join(map(inspect.getsource, modules))
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    code = "".join(code_of(sys.modules[load(*each).__module__]) for each in ((kind, name), ("problem", problem)))
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
     return Measured(kind, problem, name, dict(options), digest)
+
+
+def code_of(module: ModuleType) -> str:
+    """What a module does: its source without docstrings, imports, layout, and what it says of itself in ``traits``."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_said(each)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_said(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return True
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    return any(name in ("traits", "__all__") or name.startswith(("_PAPER", "_CLAIM")) for name in names)
 
 
 def _one_thread() -> None:
