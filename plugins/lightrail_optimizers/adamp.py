@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative, positive
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.adam_rule import adam_direction, adam_moments_, adamw_
 from lightrail_optimizers.adam_update import adam_update
 from lightrail_optimizers.scale_invariant import decay_, invariances, projected
@@ -110,6 +110,8 @@ class AdamP(TensorwiseOptimizer):
         state=2,
         needs_whole_tensors=True,
         example={"lr": 0.01},
+        claim=Claim(sentence="a lower loss than AdamW's"),
+        peers=(Peer("pytorch_optimizer.AdamP"), Peer("timm.optim.AdamP")),
     )
     state_names = ("momentum", "second_moment")
     rule = staticmethod(adamp)

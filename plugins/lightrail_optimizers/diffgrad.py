@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative, positive
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.adam_update import adam_update
 from lightrail_optimizers.tensor_lists import add_scaled_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
@@ -88,6 +88,8 @@ class DiffGrad(TensorwiseOptimizer):
         "Convolutional Neural Networks, arXiv:1909.11015",
         state=3,
         example={"lr": 0.01},
+        claim=Claim(sentence="a lower loss than Adam's", baseline="adam"),
+        peers=(Peer("pytorch_optimizer.DiffGrad"),),
     )
     state_names = ("previous_gradient", "momentum", "second_moment")
     rule = staticmethod(diffgrad)

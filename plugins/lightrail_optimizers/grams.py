@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative, positive
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.adam_update import adam_update
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
@@ -78,6 +78,8 @@ class Grams(TensorwiseOptimizer):
         paper="Cao, Li, Song, 2024, Grams: Gradient Descent with Adaptive Momentum Scaling, arXiv:2412.17107",
         state=2,
         example={"lr": 0.01},
+        claim=Claim(sentence="a lower loss than Adam's"),
+        peers=(Peer("pytorch_optimizer.Grams"),),
     )
     state_names = ("momentum", "second_moment")
     rule = staticmethod(grams)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.mars_base import CorrectedOptimizer
 
 __all__ = ["MARS", "MARSLion", "MARSShampoo"]
@@ -74,6 +74,12 @@ class MARS(CorrectedOptimizer):
         state=3,
         needs_whole_tensors=True,
         example={"lr": 0.01, "lr_1d": 0.01},
+        claim=Claim(sentence="a lower loss than AdamW's at equal tokens"),
+        peers=(
+            Peer("timm.optim.Mars"),
+            Peer("pytorch_optimizer.MARS"),
+            Peer("heavyball.AdamW", {"mars": True, "consume_grad": False}),
+        ),
     )
     _of_matrices = _of_vectors = "mars_adamw"
 
@@ -164,6 +170,7 @@ class MARSLion(CorrectedOptimizer):
         state=2,
         needs_whole_tensors=True,
         example={"lr": 0.01, "lr_1d": 0.01},
+        claim=Claim(sentence="a lower loss than Lion's", baseline="lion"),
     )
     _of_matrices = _of_vectors = "mars_lion"
 
@@ -256,6 +263,8 @@ class MARSShampoo(CorrectedOptimizer):
         state=2,
         needs_whole_tensors=True,
         example={"lr": 0.01, "lr_1d": 0.01},
+        claim=Claim(sentence="a lower loss than AdamW's at equal tokens", problems=("docs_lm",)),
+        peers=(Peer("torch.optim.Muon"), Peer("heavyball.Muon", {"consume_grad": False})),
     )
     _of_matrices = "mars_shampoo"
     _of_vectors = "mars_adamw"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import between, non_negative, one_of, positive
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Peer, Traits
 from lightrail_optimizers.scale_invariant import decay_, invariances, projected
 from lightrail_optimizers.tensor_lists import add_scaled_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
@@ -103,6 +103,8 @@ class SGDP(TensorwiseOptimizer):
         state=1,
         needs_whole_tensors=True,
         example={"lr": 0.01},
+        claim=Claim(sentence="a lower loss than SGD's", baseline="sgd", baseline_options={"momentum": 0.9}),
+        peers=(Peer("pytorch_optimizer.SGDP"), Peer("timm.optim.SGDP", {"lr": 0.1})),
     )
     state_names = ("momentum",)
     rule = staticmethod(sgdp)

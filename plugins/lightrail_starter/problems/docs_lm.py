@@ -25,4 +25,4 @@ class DocsLM(TaskProblem):
 
     def __init__(self) -> None:
         model = GPT(vocab_size=256, context=64, width=64, depth=2, heads=4)
-        super().__init__(LanguageModeling(model), Docs(context=64, batch_size=16), validation_batches=12)
+        super().__init__(LanguageModeling(model), Docs(context=64, batch_size=16), validation_batches=8)

@@ -19,7 +19,7 @@ from lightrail.traits import traits_of
 
 __all__ = ["Trial", "run_trial"]
 
-_MARKS = 30
+_MARKS = 20
 
 
 @dataclass(frozen=True)
