@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from lightrail.errors import LightrailError, UserError
     from lightrail.run import Result, Run, compose
     from lightrail.step import Closure, CombinedOptimizer, Transform, TransformedOptimizer
-    from lightrail.traits import Traits
+    from lightrail.traits import Claim, Peer, Traits
 
 __all__ = [
+    "Claim",
     "Closure",
     "CombinedOptimizer",
     "LightrailError",
+    "Peer",
     "Result",
     "Run",
     "Traits",
@@ -33,9 +35,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Claim": "lightrail.traits",
     "Closure": "lightrail.step",
     "CombinedOptimizer": "lightrail.step",
     "LightrailError": "lightrail.errors",
+    "Peer": "lightrail.traits",
     "Result": "lightrail.run",
     "Run": "lightrail.run",
     "Traits": "lightrail.traits",

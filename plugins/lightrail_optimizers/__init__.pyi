@@ -53,3 +53,5 @@ from lightrail_optimizers.soap import SOAP as SOAP
 from lightrail_optimizers.sophia import SophiaG as SophiaG
 from lightrail_optimizers.sophia import SophiaH as SophiaH
 from lightrail_optimizers.spider import Spider as Spider
+
+__all__: list[str]

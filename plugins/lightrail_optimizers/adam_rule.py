@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 
-__all__ = ["adam_direction", "adam_moments_", "adamw_"]
+__all__ = ["adam_direction", "adam_moments_", "adam_update", "adamw_"]
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -24,10 +24,10 @@ def adam_moments_(g: list[Tensor], m: list[Tensor], v: list[Tensor], *, b1: floa
 
 
 def adam_direction(
-    m: list[Tensor], v: list[Tensor], *, t: int | Tensor, b1: float, b2: float, eps: float
+    m: list[Tensor], v: list[Tensor], *, t: float | Tensor, b1: float, b2: float, eps: float | Tensor
 ) -> list[Tensor]:
     """``(m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)``, as new tensors."""
-    u = torch._foreach_sqrt(v)
+    u = list(torch._foreach_sqrt(v))
     torch._foreach_div_(u, (1 - b2**t) ** 0.5)
     torch._foreach_add_(u, eps)
     torch._foreach_reciprocal_(u)
@@ -43,10 +43,10 @@ def adamw_(
     v: list[Tensor],
     *,
     lr: float | Tensor,
-    t: int | Tensor,
+    t: float | Tensor,
     b1: float,
     b2: float,
-    eps: float,
+    eps: float | Tensor,
     wd: float,
 ) -> None:
     """One update, in place: ``x *= 1 - lr wd``, then ``x -= lr`` times :func:`adam_direction` of the new moments.
@@ -75,7 +75,7 @@ def adamw_(
             beta1=b1,
             beta2=b2,
             weight_decay=wd,
-            eps=eps,
+            eps=float(eps),
             amsgrad=False,
             maximize=False,
         )
@@ -83,6 +83,36 @@ def adamw_(
     adam_moments_(g, m, v, b1=b1, b2=b2)
     shrink_(x, lr * wd)
     add_scaled_(x, adam_direction(m, v, t=t, b1=b1, b2=b2, eps=eps), -lr)
+
+
+def adam_update(
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    *,
+    t: float | Tensor,
+    b1: float,
+    b2: float,
+    eps: float,
+    early_eps: bool = False,
+) -> list[Tensor]:
+    """``-(m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)``, as new tensors, of moments that it updates in place.
+
+    Args:
+        g: Gradients; they stay as they are.
+        m: First moments.
+        v: Second moments.
+        t: The step, from 1.
+        b1: Of the first moment.
+        b2: Of the second moment.
+        eps: Added to the root of the second moment after its correction.
+        early_eps: Add eps before the correction instead: ``-sqrt(1-b2^t) / (1-b1^t) m / (sqrt(v) + eps)``.
+    """
+    # What AdamW adds to zeros: torch's fused kernel finds it in one pass over memory.
+    u = [torch.zeros_like(moment) for moment in m]
+    corrected_eps = eps / (1 - b2**t) ** 0.5 if early_eps else eps
+    adamw_(u, g, m, v, lr=1.0, t=t, b1=b1, b2=b2, eps=corrected_eps, wd=0.0)
+    return u
 
 
 def _can_fuse(x: list[Tensor], *others: list[Tensor]) -> bool:

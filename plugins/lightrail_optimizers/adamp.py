@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightrail.options import between, non_negative, positive
 from lightrail.traits import Claim, Peer, Traits
-from lightrail_optimizers.adam_rule import adam_direction, adam_moments_, adamw_
-from lightrail_optimizers.adam_update import adam_update
+from lightrail_optimizers.adam_rule import adam_direction, adam_moments_, adam_update, adamw_
 from lightrail_optimizers.scale_invariant import decay_, invariances, projected
 from lightrail_optimizers.tensor_lists import add_scaled_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer

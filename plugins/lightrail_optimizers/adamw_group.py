@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightrail_optimizers.adam_rule import adamw_
-from lightrail_optimizers.tensor_lists import gather
+from lightrail_optimizers.tensor_lists import count_step, gather
 
 __all__ = ["adamw_group_"]
 
@@ -23,7 +23,7 @@ def adamw_group_(method: str, group: Mapping[str, Any], state: MutableMapping[Te
         state: The optimizer's ``state``; a parameter's ``exp_avg``, ``exp_avg_sq`` and ``step`` are kept there.
     """
     b1, b2 = group["betas"]
-    for x, g, m, v in gather(method, group, state, ("exp_avg", "exp_avg_sq"), _count_step):
+    for x, g, m, v in gather(method, group, state, ("exp_avg", "exp_avg_sq"), count_step):
         adamw_(
             x,
             list(torch._foreach_neg(g)) if group["maximize"] else g,
@@ -36,8 +36,3 @@ def adamw_group_(method: str, group: Mapping[str, Any], state: MutableMapping[Te
             eps=group["eps"],
             wd=group["weight_decay"],
         )
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]

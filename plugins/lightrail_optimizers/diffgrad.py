@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightrail.options import between, non_negative, positive
 from lightrail.traits import Claim, Peer, Traits
-from lightrail_optimizers.adam_update import adam_update
+from lightrail_optimizers.adam_rule import adam_update
 from lightrail_optimizers.tensor_lists import add_scaled_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
 

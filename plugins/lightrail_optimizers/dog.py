@@ -14,7 +14,7 @@ from lightrail.options import non_negative, positive
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.iterate_average import IterateAverage, average_, polynomial_weight
 from lightrail_optimizers.own_step_size import refuse_schedule
-from lightrail_optimizers.tensor_lists import gather
+from lightrail_optimizers.tensor_lists import count_step, gather
 
 __all__ = ["DoG", "LDoG", "dog"]
 
@@ -154,7 +154,7 @@ class DoG(IterateAverage):
         """``(x, g, x_0)`` and x̄ where there is one; ``g`` with weight decay."""
         names = ("initial", "average") if group["average"] else ("initial",)
         chunks = []
-        for x, g, initial, *rest in gather(type(self).__name__, group, self.state, names, _count_step):
+        for x, g, initial, *rest in gather(type(self).__name__, group, self.state, names, count_step):
             if self.state[x[0]]["step"] == 1:
                 torch._foreach_copy_(initial, x)
             if group["weight_decay"]:
@@ -248,11 +248,6 @@ class LDoG(DoG):
     def _places(self, group: dict[str, Any], params: list[Tensor]) -> list[int]:
         index = {p: i for i, p in enumerate(group["params"])}
         return [index[p] for p in params]
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]
 
 
 def _norms(tensors: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail.options import at_least, between, non_negative, one_of
 from lightrail.traits import Traits
-from lightrail_optimizers.hidden_matrices import HiddenMatrixOptimizer, count_step
+from lightrail_optimizers.hidden_matrices import HiddenMatrixOptimizer
 from lightrail_optimizers.inner_rules import InnerRule
 from lightrail_optimizers.subspaces import (
     SELECTIONS,
@@ -23,7 +23,7 @@ from lightrail_optimizers.subspaces import (
     random_subset,
     subspace,
 )
-from lightrail_optimizers.tensor_lists import add_scaled_, gather, refuse_sharded, shrink_
+from lightrail_optimizers.tensor_lists import add_scaled_, count_step, gather, refuse_sharded, shrink_
 
 __all__ = ["PAPER", "Frugal", "block_order", "frugal", "state_free_"]
 

@@ -11,18 +11,12 @@ from torch import Tensor
 from lightrail.errors import ConfigurationError
 from lightrail_optimizers.inner_rules import ADAMW, check_inner_options
 from lightrail_optimizers.named_parameters import EMBEDDING_AND_OUTPUT_NAMES, is_hidden_matrix, named_groups
-from lightrail_optimizers.tensor_lists import gather, refuse_sparse
+from lightrail_optimizers.tensor_lists import count_step, gather, refuse_sparse
 from lightrail_optimizers.tensorwise import MethodOptimizer
 
-__all__ = ["HiddenMatrixOptimizer", "count_step"]
+__all__ = ["HiddenMatrixOptimizer"]
 
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
-
-
-def count_step(kept: dict[str, Any]) -> int:
-    """Counts an update of a parameter in its state, from 1."""
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]
 
 
 class HiddenMatrixOptimizer(MethodOptimizer):

@@ -20,7 +20,7 @@ def lion(
 ) -> None:
     """One update, in place: ``x *= 1 - lr wd``; ``x -= lr sign(b1 m + (1-b1) g)``; ``m = b2 m + (1-b2) g``."""
     shrink_(x, lr * wd)
-    u = torch._foreach_lerp(m, g, 1 - b1)
+    u = list(torch._foreach_lerp(m, g, 1 - b1))
     torch._foreach_sign_(u)
     add_scaled_(x, u, -lr)
     torch._foreach_lerp_(m, g, 1 - b2)

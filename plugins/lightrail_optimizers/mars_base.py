@@ -15,7 +15,7 @@ from lightrail.step import Closure
 from lightrail.traits import Traits
 from lightrail_optimizers.adam_rule import adamw_
 from lightrail_optimizers.mars_rule import mars_adamw, mars_lion, mars_shampoo
-from lightrail_optimizers.tensor_lists import gather
+from lightrail_optimizers.tensor_lists import count_step, gather
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer, require_closure
 
 __all__ = ["CorrectedOptimizer"]
@@ -163,7 +163,7 @@ class CorrectedOptimizer(TensorwiseOptimizer):
         name = type(self).__name__
         states, corrects, exact = _UPDATES[group["update"]].states, group["update"] != "adamw", self.defaults["exact"]
         keys = (*(["previous"] if exact else ["previous_gradient"] if corrects else []), *states)
-        for x, g, *held in gather(name, group, self.state, keys, _count_step, cached=not group["compile"]):
+        for x, g, *held in gather(name, group, self.state, keys, count_step, cached=not group["compile"]):
             if exact:
                 g_prev = self._exchange_previous(x, g, held[0])
                 if group["maximize"]:
@@ -181,8 +181,3 @@ class CorrectedOptimizer(TensorwiseOptimizer):
                 found = gradient.clone()
             g_prev.append(found)
         return g_prev
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]

@@ -16,7 +16,7 @@ from lightrail.step import Closure
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.closure_answers import average_curvature_, gradients, inner, moving, truncated, wide
 from lightrail_optimizers.psps_rule import adagrad_scale, adam_scale
-from lightrail_optimizers.tensor_lists import add_scaled_, gather
+from lightrail_optimizers.tensor_lists import add_scaled_, count_step, gather
 from lightrail_optimizers.tensorwise import MethodOptimizer, require_closure
 
 __all__ = ["TRAITS", "PolyakStep", "PolyakStepWithSlack"]
@@ -112,7 +112,7 @@ class PolyakStep(MethodOptimizer):
             if group["preconditioner"] == "none":
                 scaled.append((x, gradients(x), wide([torch.ones_like(p) for p in x])))
             elif group["preconditioner"] != "hutchinson":
-                for each, g, v in gather(type(self).__name__, group, self.state, ("square",), _count_step):
+                for each, g, v in gather(type(self).__name__, group, self.state, ("square",), count_step):
                     scaled.append((each, g, wide(self._scale(group, self.state[each[0]]["step"], g, v))))
         return scaled
 
@@ -125,11 +125,6 @@ class PolyakStep(MethodOptimizer):
         """Figures of the last step that are worth a curve."""
         kept = self.param_groups[0]
         return {name: kept[name] for name in ("step_size", "slack") if name in kept}
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]
 
 
 class PolyakStepWithSlack(PolyakStep):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightrail.errors import ConfigurationError
 from lightrail.options import at_least
-from lightrail_optimizers.tensor_lists import gather, refuse_sparse
+from lightrail_optimizers.tensor_lists import count_step, gather, refuse_sparse
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
 
 __all__ = ["Manifold", "RiemannianOptimizer", "component_norm2", "moved", "riemannian_gradient"]
@@ -80,7 +80,7 @@ class RiemannianOptimizer(TensorwiseOptimizer):
     def lists(self, group: dict[str, Any]) -> Iterator[tuple[list[Tensor], ...]]:
         flat = {**group, "params": [p for p in group["params"] if not hasattr(p, "manifold")]}
         cached = not group["compile"]
-        return gather(type(self).__name__, flat, self.state, self.names(group), _count_step, cached=cached)
+        return gather(type(self).__name__, flat, self.state, self.names(group), count_step, cached=cached)
 
     def update(self) -> None:
         super().update()
@@ -97,7 +97,7 @@ class RiemannianOptimizer(TensorwiseOptimizer):
         x, g = _wide(p), _wide(p.grad)
         if not kept:
             kept |= {name: self._start(manifold, x, name).to(p.dtype) for name in names}
-        t = _count_step(kept)
+        t = count_step(kept)
         scalars = self.scalars(group, t)
         scalars["lr"] = float(scalars["lr"])
         x, *states = type(self).point_rule(
@@ -125,8 +125,3 @@ def _wide(tensor: Tensor) -> Tensor:
     """A plain tensor in single precision at least: no manifold is sound in half precision."""
     plain = tensor.detach().as_subclass(Tensor)
     return plain if plain.dtype in (torch.float32, torch.float64) else plain.float()
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]

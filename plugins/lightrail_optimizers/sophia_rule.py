@@ -45,7 +45,7 @@ def sophia(
         torch._foreach_clamp_min_(curvature, eps)
     else:
         torch._foreach_add_(curvature, eps)
-    u = torch._foreach_div(m, curvature)
+    u = list(torch._foreach_div(m, curvature))
     torch._foreach_clamp_max_(u, 1.0)
     torch._foreach_clamp_min_(u, -1.0)
     add_scaled_(x, u, -lr)

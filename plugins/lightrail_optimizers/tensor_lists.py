@@ -12,7 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from lightrail.errors import ConfigurationError
 
-__all__ = ["add_scaled_", "gather", "global_norm", "refuse_complex", "refuse_sharded", "refuse_sparse", "shrink_"]
+__all__ = [
+    "add_scaled_",
+    "count_step",
+    "gather",
+    "global_norm",
+    "refuse_complex",
+    "refuse_sharded",
+    "refuse_sparse",
+    "shrink_",
+]
 
 # On a CPU an update is a chain of passes over memory. Lists of about this many elements (256 KiB in single precision)
 # stay in a core's cache from the first pass to the last; an accelerator wants one list, however long.
@@ -68,6 +77,12 @@ def add_scaled_(x: list[Tensor], u: list[Tensor], by: float | Tensor) -> None:
         torch._foreach_add_(x, torch._foreach_mul(u, by))
     else:
         torch._foreach_add_(x, u, alpha=by)
+
+
+def count_step(kept: dict[str, Any]) -> int:
+    """Counts an update of a parameter in its state, from 1, for rules whose scalars depend on the step."""
+    kept["step"] = kept.get("step", 0) + 1
+    return kept["step"]
 
 
 def gather(

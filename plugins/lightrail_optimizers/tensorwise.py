@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightrail.errors import ClosureError
 from lightrail.step import Closure
 from lightrail.traits import traits_of
-from lightrail_optimizers.tensor_lists import gather, refuse_complex, refuse_sharded
+from lightrail_optimizers.tensor_lists import count_step, gather, refuse_complex, refuse_sharded
 
 __all__ = ["MethodOptimizer", "TensorwiseOptimizer", "require_closure"]
 
@@ -80,7 +80,7 @@ class TensorwiseOptimizer(MethodOptimizer):
     def lists(self, group: dict[str, Any]) -> Iterator[tuple[list[Tensor], ...]]:
         """``(x, g, *states)``, each of one device, dtype and step; counts the step."""
         name = type(self).__name__
-        return gather(name, group, self.state, self.state_names, _count_step, cached=not group["compile"])
+        return gather(name, group, self.state, self.state_names, count_step, cached=not group["compile"])
 
     def apply_rule(self, group: dict[str, Any], t: int, *lists: list[Tensor]) -> None:
         """The rule over lists, at once, compiled, or tensor by tensor."""
@@ -95,11 +95,6 @@ class TensorwiseOptimizer(MethodOptimizer):
         else:
             for tensors in zip(*lists, strict=True):
                 type(self).rule(*([tensor] for tensor in tensors), **scalars)
-
-
-def _count_step(kept: dict[str, Any]) -> int:
-    kept["step"] = kept.get("step", 0) + 1
-    return kept["step"]
 
 
 @cache

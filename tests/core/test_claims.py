@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -150,7 +151,7 @@ def test_the_document_says_what_was_found_and_fills_the_cards(tmp_path: Path) ->
 def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightrail.bench import claims
 
-    options = type("Options", (), {"kind": "optimizer", "only": ["lion"], "trials": 1, "seeds": 1, "cards": None})()
+    options = argparse.Namespace(kind="optimizer", only=["lion"], trials=1, seeds=1, cards=None)
     options.folder, options.processes = tmp_path, 1
     done = [
         dataclasses.replace(each, rate=0.1, trials=(trial(3, 1.0),)) for each in claims._wanted("optimizer", ["lion"])

@@ -126,6 +126,8 @@ def _as_yaml(value: Any) -> tuple[bool, Any]:
 
 def _plain_traits(traits: Mapping[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
         if isinstance(value, Mapping):
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightrail.catalogue.forms import shown
@@ -158,7 +158,12 @@ def _card(plugin: Plugin) -> str:
     lines += textwrap.wrap(schema.summary, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"  {schema.target}"]
     lines += ["", *_options(plugin, schema)]
-    lines += ["", *_traits(schema)] if schema.traits else []
+    traits = schema.traits
+    if plugin.kind in ("optimizer", "transform") and "paper" in traits:  # what a step costs is said of every method
+        costs = {"state": traits.get("state"), "extra_evaluations": traits.get("extra_evaluations", 0.0)}
+        first = {name: traits[name] for name in ("rule", "paper") if name in traits}
+        traits = {**first, **costs, **traits}
+    lines += ["", *_traits(traits)] if traits else []
     return "\n".join(lines)
 
 
@@ -183,18 +188,48 @@ def _typed(parameter: Parameter) -> str:
     return f"{parameter.type} = {shown(parameter.default)}" if parameter.has_default else parameter.type
 
 
-def _traits(schema: Schema) -> list[str]:
+def _traits(traits: Mapping[str, Any]) -> list[str]:
     lines = []
-    for name, value in schema.traits.items():
-        label = name.replace("_", " ")
-        if name == "verified":
-            lines += [f"  verified: {sentence}" for sentence in value]
-        elif value is True:
-            lines.append(f"  {label}")
-        else:
-            text = shown(value) if not isinstance(value, dict) else _pairs(value)
-            lines += textwrap.wrap(f"{label}: {text}", 110, initial_indent="  ", subsequent_indent="    ")
+    for name, value in traits.items():
+        if name in _UNSHOWN:
+            continue
+        for text in _WORDS.get(name, _said)(name.replace("_", " "), value):
+            lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
     return lines
+
+
+def _said(label: str, value: Any) -> list[str]:
+    if value is True:
+        return [label]
+    return [f"{label}: {shown(value) if not isinstance(value, dict) else _pairs(value)}"]
+
+
+def _claimed(label: str, claim: dict[str, Any]) -> list[str]:
+    beside = " ".join([claim["baseline"], *(f"{k}={v}" for k, v in claim["baseline_options"].items())])
+    return [f"claim: {claim['sentence']} (beside {beside}, on {', '.join(claim['problems'])})"]
+
+
+def _kept(label: str, copies: float | None) -> list[str]:
+    return [f"state: {'depends on options and shapes' if copies is None else _copies(copies)}"]
+
+
+def _copies(count: float) -> str:
+    return f"{count:g} {'copy' if count == 1 else 'copies'} of the parameters"
+
+
+def _spent(label: str, passes: float | None) -> list[str]:
+    return [f"extra evaluations: {'depends on the model' if passes is None else f'{passes:g} a step'}"]
+
+
+# What the suites are told is no news to a user.
+_UNSHOWN = ("example", "exceptions")
+_WORDS: dict[str, Callable[[str, Any], list[str]]] = {
+    "claim": _claimed,
+    "peers": lambda label, peers: [f"measured beside: {', '.join(peer['target'] for peer in peers)}"],
+    "state": _kept,
+    "extra_evaluations": _spent,
+    "verified": lambda label, sentences: [f"measured: {sentence}" for sentence in sentences],
+}
 
 
 def _pairs(value: dict[str, Any]) -> str:

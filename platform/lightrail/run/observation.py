@@ -312,10 +312,10 @@ def _learning_rates(trainer: Trainer) -> dict[str, float]:
 
 
 def _figures(trainer: Trainer) -> dict[str, float]:
-    optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    methods: Sequence[Any] = (optimizer,)
+    optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+    methods: list[Any] = [optimizer]
     if isinstance(optimizer, TransformedOptimizer):
-        methods = (optimizer.optimizer, *optimizer.transforms)
+        methods = [optimizer.optimizer, *optimizer.transforms]
     return {
         f"{type(method).__name__.lower()}_{name}": value
         for method in methods

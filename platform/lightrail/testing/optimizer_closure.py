@@ -13,7 +13,7 @@ from lightrail.errors import ClosureError, UserError
 from lightrail.testing.building import accepts, with_defaults
 from lightrail.testing.optimizer_building import build, trajectory
 from lightrail.testing.problems import Classifier
-from lightrail.testing.runs import require_close, require_equal, run
+from lightrail.testing.runs import require_close, require_declared_evaluations, require_equal, run
 from lightrail.testing.suite import Check, NotApplicable, require
 from lightrail.traits import traits_of
 
@@ -95,8 +95,6 @@ def check_spends_the_evaluations_it_declares(plugin: Any, options: Options) -> N
     """
     defaults = with_defaults(plugin, options)
     traits = traits_of(plugin, defaults)
-    if traits.extra_evaluations is None:
-        raise NotApplicable("what it spends depends on the model")
     problem = Classifier()
     optimizer = build(plugin, problem, defaults)
     spent = []
@@ -104,13 +102,7 @@ def check_spends_the_evaluations_it_declares(plugin: Any, options: Options) -> N
         closure = problem.closure(problem.batch(step))
         optimizer.step(closure)  # type: ignore[arg-type]
         spent.append(closure.evaluations)
-    if not traits.evaluates_again:
-        require(max(spent) <= 1, f"it evaluated {max(spent)} times in one step, and its traits say once")
-    declared, measured = 1 + traits.extra_evaluations, sum(spent[1:]) / len(spent[1:])
-    require(
-        abs(measured - declared) <= 0.1 * declared,
-        f"traits.extra_evaluations says {declared:g} evaluations a step in all; it spent {measured:g}",
-    )
+    require_declared_evaluations(traits, spent)
 
 
 def check_returns_the_loss(plugin: Any, options: Options) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightrail.testing.problems import Problem
-from lightrail.testing.suite import require
+from lightrail.testing.suite import NotApplicable, require
+from lightrail.traits import Traits
 
-__all__ = ["require_close", "require_equal", "run", "saved_and_loaded"]
+__all__ = ["require_close", "require_declared_evaluations", "require_equal", "run", "saved_and_loaded"]
 
 
 def run(problem: Problem, optimizer: Optimizer, steps: int, start: int = 0) -> list[Tensor]:
@@ -46,3 +47,16 @@ def require_close(found: Sequence[Tensor], expected: Sequence[Tensor], message: 
         allowed = relative * max(b.abs().max().item(), 1e-3)
         difference = (a - b).abs().max().item()
         require(difference <= allowed, f"{message}: tensor {index} differs by {difference:.3g}, {allowed:.3g} allowed")
+
+
+def require_declared_evaluations(traits: Traits, spent: Sequence[float]) -> None:
+    """Compares what a method says that it spends with what it spent in each of its steps."""
+    if traits.extra_evaluations is None:
+        raise NotApplicable("what it spends depends on the model")
+    if not traits.evaluates_again:
+        require(max(spent) <= 1, f"it evaluated {max(spent)} times in one step, and its traits say once")
+    declared, measured = 1 + traits.extra_evaluations, sum(spent[1:]) / len(spent[1:])
+    require(
+        abs(measured - declared) <= 0.1 * declared,
+        f"traits.extra_evaluations says {declared:g} evaluations a step in all; it spent {measured:g}",
+    )

@@ -39,7 +39,8 @@ class TreeEmbedding(Problem):
                 remedy="Install lightrail[manifold].",
             ) from error
         self._ball: Any = geoopt.PoincareBall()
-        self._points = geoopt.ManifoldParameter(1e-3 * torch.randn(63, 2, dtype=torch.float64), manifold=self._ball)
+        parameter: Any = geoopt.ManifoldParameter
+        self._points = parameter(1e-3 * torch.randn(63, 2, dtype=torch.float64), manifold=self._ball)
         self._child = torch.arange(1, 63)
         self._parent = (self._child - 1) // 2
         self._strangers = torch.randint(63, (62, 20))

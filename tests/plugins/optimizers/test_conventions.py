@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightrail import Closure
 from lightrail.errors import ConfigurationError
-from lightrail_optimizers import LBFGS, Lion, Muon, SophiaG, SophiaH
+from lightrail_optimizers import LBFGS, Lion, SophiaG, SophiaH
 from lightrail_optimizers.tensor_lists import gather
 
 
@@ -237,14 +237,3 @@ def test_the_loss_is_returned(make):
     params = parameters()[0]
     expected = loss_of(params)().item()
     assert float(step(make(params), params, 0)) == expected
-
-
-def test_the_package_is_lazy_and_complete():
-    import lightrail_optimizers
-
-    assert set(lightrail_optimizers.__all__) == set(lightrail_optimizers._HOMES)
-    for name in lightrail_optimizers.__all__:
-        assert getattr(lightrail_optimizers, name).traits.rule
-    assert Muon.traits.needs_parameter_names
-    with pytest.raises(AttributeError, match="Sofia"):
-        _ = lightrail_optimizers.Sofia

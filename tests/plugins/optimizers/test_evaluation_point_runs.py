@@ -35,7 +35,7 @@ def test_what_is_tested_is_what_the_best_checkpoint_holds(tmp_path: Path) -> Non
         ]
     )
     seen = WeightsInTest()
-    run.callbacks.append(seen)
+    run.callbacks = [*run.callbacks, seen]
     result = run.execute()
     best = torch.load(result.folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert seen.found

@@ -25,5 +25,10 @@ def test_every_registered_class_is_exported() -> None:
                 assert point.attr in lightrail_optimizers.__all__
 
 
+def test_every_class_says_its_rule() -> None:
+    for name in lightrail_optimizers.__all__:
+        assert getattr(lightrail_optimizers, name).traits.rule
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(lightrail_optimizers, "Nothing")
