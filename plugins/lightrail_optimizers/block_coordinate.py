@@ -113,7 +113,8 @@ class BlockCoordinate(BlockOptimizer):
         claim=Claim(
             sentence="greedy blocks lower the loss more than blocks in turn",
             baseline="block_coordinate",
-            baseline_options={"select": "cyclic"},
+            baseline_options={"select": "cyclic", "inner": "gradient"},
+            options={"select": "gs", "inner": "gradient"},
             problems=("digits",),
         ),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightrail.errors import ClosureError
 from lightrail.traits import Traits
+from lightrail_optimizers.own_step_size import refuse_schedule
 from lightrail_optimizers.tensor_lists import refuse_complex, refuse_sparse
 
 __all__ = ["LBFGS"]
@@ -64,6 +66,11 @@ class LBFGS(torch.optim.LBFGS):
         },
     )
 
+    @staticmethod
+    def traits_under(options: Mapping[str, Any]) -> Traits:
+        """As ``traits``; a line search sets the step size."""
+        return dataclasses.replace(LBFGS.traits, sets_step_size=options.get("line_search_fn") is not None)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         refuse_complex("LBFGS", self.param_groups[-1]["params"])
@@ -93,4 +100,7 @@ class LBFGS(torch.optim.LBFGS):
                 allowed="a lightrail.Closure, or torch's own closure",
                 remedy="Pass optimizer.step(lightrail.Closure(loss_fn, params)).",
             )
+        for group in self.param_groups:
+            if group["line_search_fn"] is not None:
+                refuse_schedule(self, group, "Leave the schedule out, or the line search.")
         return super().step(closure)

@@ -61,7 +61,11 @@ class Muon(CombinedOptimizer):
         rule="x -= lr sqrt(max(1, rows/columns)) NewtonSchulz(momentum) on hidden matrices, AdamW elsewhere",
         paper="Jordan et al., 2024, Muon: An optimizer for hidden layers in neural networks",
         state=1,  # on matrices; 2 on what AdamW has
-        claim=Claim(sentence="a lower loss than AdamW's, for hidden matrices", problems=("docs_lm",)),
+        claim=Claim(
+            sentence="a lower loss than AdamW's, for hidden matrices",
+            problems=("docs_lm",),
+            options={"adamw_lr": 3e-3},
+        ),
         needs_parameter_names=True,
         needs_whole_tensors=True,
         example={"lr": 0.01, "adamw_lr": 0.01},

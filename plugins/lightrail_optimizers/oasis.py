@@ -120,6 +120,7 @@ class OASIS(MethodOptimizer):
             sentence="better than tuned SGD on badly scaled problems, with no rate",
             baseline="sgd",
             problems=("scaled_logistic", "digits"),
+            options={"warm_up": 10},
         ),
     )
 

@@ -1,4 +1,4 @@
-"""What methods that need no learning rate schedule say of one."""
+"""What methods that set their own step size, by a rule or a search, say of a schedule."""
 
 from __future__ import annotations
 

@@ -128,7 +128,12 @@ class SaddleFreeNewton(MethodOptimizer):
         needs_second_derivatives=True,
         needs_whole_tensors=True,
         example={"krylov_dimension": 4},
-        claim=Claim(sentence="leaves a saddle that holds SGD", baseline="sgd", problems=("saddle",)),
+        claim=Claim(
+            sentence="leaves a saddle that holds SGD",
+            baseline="sgd",
+            problems=("saddle",),
+            options={"krylov_dimension": 10, "damping": [1e-3, 1e-2, 1e-1, 1.0]},
+        ),
     )
 
     def __init__(

@@ -14,6 +14,7 @@ from lightrail.options import at_least, between, non_negative, positive
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.closure_answers import Moving, answers_for, gradients, inner, moving, points_of, wide
 from lightrail_optimizers.flat_vector import working_dtype
+from lightrail_optimizers.own_step_size import refuse_schedule
 from lightrail_optimizers.tensorwise import MethodOptimizer, require_closure
 
 __all__ = ["SMB", "model_coefficients", "model_steps"]
@@ -128,8 +129,9 @@ class SMB(MethodOptimizer):
         extra_evaluations=1,
         needs_closure=True,
         needs_whole_tensors=True,
+        sets_step_size=True,
         example={"lr": 1.0},
-        claim=Claim(sentence="as good as Adam, with little tuning", baseline="adam", margin=0.02),
+        claim=Claim(sentence="as good as Adam, with little tuning", baseline="adam", margin=0.02, tuned=True),
     )
 
     @staticmethod
@@ -181,6 +183,8 @@ class SMB(MethodOptimizer):
             The loss at the point where the step began.
         """
         oracle = require_closure(self, closure, "tries a step before it takes one")
+        for group in self.param_groups:
+            refuse_schedule(self, group)
         loss = oracle()
         groups = moving(self, oracle)
         if not groups:

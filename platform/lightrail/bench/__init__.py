@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures (NAME.json by default)")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="where to write the table as Markdown")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured; medians are shown")
     bench = importlib.import_module(f"lightrail.bench.{name}") if name is not None else None
     if bench is not None and hasattr(bench, "add_arguments"):
@@ -61,5 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     path = options.json or Path(f"{options.name}.json")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+    if options.document:
+        options.document.parent.mkdir(parents=True, exist_ok=True)
+        words = " ".join(("lightrail", "bench", *arguments))
+        with replacing(options.document) as temporary:
+            temporary.write_text(f"Made by `{words}`; not edited by hand.\n\n```text\n{found.text()}\n```\n")
     print(f"\nwritten to {path}")
     return 0

@@ -6,7 +6,7 @@ One, because Lightning asks every callback at every hook of every step, and a st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 

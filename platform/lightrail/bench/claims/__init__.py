@@ -22,7 +22,7 @@ from lightrail.bench.claims.problem import CountedClosure, Problem, TaskProblem
 from lightrail.bench.claims.record import Measured, read_record, write_record
 from lightrail.bench.claims.trial import Trial
 from lightrail.catalogue import available, load
-from lightrail.errors import UserError
+from lightrail.errors import PluginError, UserError
 from lightrail.options import at_least, one_of
 from lightrail.traits import Claim, traits_of
 
@@ -60,12 +60,20 @@ def measure(options: argparse.Namespace) -> Document:
     with ProcessPoolExecutor(min(options.processes, len(missing)) or 1, context, _one_thread) as pool:
         futures = {pool.submit(_measure, each, options.trials, options.seeds): each for each in missing}
         for done, future in enumerate(as_completed(futures), 1):
-            found = future.result()
+            try:
+                found = future.result()
+            except Exception as error:  # not of the method's making: it is measured when the bench is run again
+                print(f"[{done}/{len(missing)}] {futures[future].method}: {error}", file=sys.stderr, flush=True)
+                continue
             record[found.key] = found
             write_record(path, record)
             outcome = found.refused or f"{found.mean:.4g} at lr {found.rate or 'of its own'}"
             print(f"[{done}/{len(missing)}] {found.problem}  {found.method}  {outcome}", file=sys.stderr, flush=True)
-    document = Document(options.kind, {key: record[key] for key in wanted}, options.trials, options.seeds)
+    found = {key: record[key] for key in wanted if key in record}
+    # What is of another code, or of no claim any more, is dropped with the next writing.
+    if not options.only:
+        write_record(path, found)
+    document = Document(options.kind, found, options.trials, options.seeds)
     document.write(options.folder)
     if options.cards is not None:
         document.write_cards(options.cards)
@@ -147,6 +155,8 @@ def _measure(each: Measured, trials: int, seeds: int) -> Measured:
             rate, _ = search(lambda lr: trial({"lr": lr}, 0).final, start, trials)
         own = {} if rate is None else {"lr": rate}
         found = [trial(own, seed) for seed in range(1, seeds + 1)]
+    except PluginError:
+        raise
     except UserError as error:
         return Measured(**{**asdict(each), "refused": f"{error.what}: {error.found}"})
     return Measured(**{**asdict(each), "rate": rate, "trials": tuple(found)})
