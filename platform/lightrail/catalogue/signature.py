@@ -169,7 +169,7 @@ def _card(target: str, plugin: Any) -> dict[str, Any]:
 def _measured_file(package: str) -> Path | None:
     """Where `lightrail bench claims --cards` writes what it measured of a package's plugins."""
     home = getattr(sys.modules.get(package), "__file__", None)
-    return Path(home).with_name("measured.json") if home else None
+    return Path(home).with_name("measured.json") if home and Path(home).name == "__init__.py" else None
 
 
 def source_files(plugin: Any) -> list[str]:
