@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this bench."""
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="some optimizers, rather than all")
     parser.add_argument("--width", type=int, default=256, help="of the 12-layer GPT-2 shape; 768 is GPT-2 small")
-    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    parser.add_argument("--without", nargs="*", default=[], metavar="LIBRARY", help="peers to leave out: heavyball, …")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, …")
 
 
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> Table:
             "AdamW(fused)": _torch_adamw(fused=True),
             **dict(_ours(options)),
         }
-        peers = {} if options.no_peers else {name: _peers_of(made.traits) for name, made in candidates.items()}
+        peers = {name: _peers_of(made.traits, options.without) for name, made in candidates.items()}
         _fill(table, candidates, peers, shapes, options)
     return table
 
@@ -165,9 +165,11 @@ def _with_rate(cls: Any, traits: Traits) -> dict[str, Any]:
     return {**own, "lr": 1e-4} if "lr" in parameters else own
 
 
-def _peers_of(traits: Traits) -> dict[str, _Made]:
+def _peers_of(traits: Traits, without: Sequence[str]) -> dict[str, _Made]:
     found = {}
     for peer in traits.peers:
+        if peer.target.partition(".")[0] in without:
+            continue
         try:
             found[_label(peer)] = _Made(_import(peer.target), peer.options, Traits())
         except Exception as error:
