@@ -130,7 +130,7 @@ def _line(row: Row) -> str:
         return f"| {name} | | | | | {claim} | {row.verdict} |"
     rate = f"{measured.rate:.3g}" if measured.rate is not None else "its own"
     finals = [trial.final for trial in measured.trials]
-    loss = f"{mean(finals):.4f} ± {stdev(finals):.4f}" if _finite(finals) and len(finals) > 1 else f"{mean(finals):.4g}"
+    loss = f"{_number(mean(finals))} ± {_number(stdev(finals))}" if _finite(finals) and len(finals) > 1 else "∞"
     if row.found is None or not row.claim.sentence:
         return f"| {name} | {rate} | {loss} | | | | {row.verdict or 'baseline'} |"
     return f"| {name} | {rate} | {loss} | {_difference(row.found)} | {_share(row.found)} | {claim} | {row.verdict} |"
@@ -157,6 +157,10 @@ def _baseline(claim: Claim) -> str:
 
 def _difference(found: Comparison) -> str:
     return f"{found.mean:+.4f} ± {found.error:.4f}" if math.isfinite(found.mean) else "∞"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def _share(found: Comparison) -> str:
