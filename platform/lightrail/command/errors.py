@@ -39,6 +39,7 @@ def reporting_errors() -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
+        sys.stdout.flush()  # here, where a reader that is gone can be told from an error
     except UserError as error:
         if os.environ.get("LIGHTRAIL_TRACEBACK") == "1":
             raise
