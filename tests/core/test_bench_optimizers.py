@@ -44,6 +44,18 @@ def test_a_method_stands_beside_adamw_and_its_fastest_peer(monkeypatch: pytest.M
     assert (table.ratio(rows["lion"]) or 0) > 0
 
 
+def test_the_bound_is_for_methods_without_matrix_products() -> None:
+    from lightrail.bench.optimizers import _is_tensorwise, _Made
+    from lightrail.catalogue import load
+
+    found = {name: load("optimizer", name) for name in ("lion", "mars_shampoo", "smb")}
+    assert {name: _is_tensorwise(_Made(cls, {}, traits_of(cls))) for name, cls in found.items()} == {
+        "lion": True,
+        "mars_shampoo": False,
+        "smb": False,
+    }
+
+
 def test_ratios_are_taken_beside_the_samples_of_the_same_rounds() -> None:
     table = Table("", "ms", "")
     table.add("peer", [1.0, 1.0])

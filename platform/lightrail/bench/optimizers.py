@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightrail.bench.table import Table
 from lightrail.catalogue import available, load
@@ -213,7 +214,7 @@ def _fill(
 def _add(table: Table, name: str, made: _Made, samples: Mapping[str, list[float]], states: Mapping[str, float]) -> None:
     mine = samples[name]
     bound = None
-    if _is_tensorwise(made.cls):
+    if _is_tensorwise(made):
         bound = round(1.3 * (2 + states[name]) / (2 + states[_REFERENCE]), 2)
     label = f"{name}, state {states[name]:.3g} P"
     table.add(label, mine, _REFERENCE, bound, beside=samples[_REFERENCE])
@@ -225,9 +226,14 @@ def _add(table: Table, name: str, made: _Made, samples: Mapping[str, list[float]
         table.add(f"  {name} beside the fastest peer", mine, fastest, 1.0, beside=others[fastest])
 
 
-def _is_tensorwise(cls: Any) -> bool:
+def _is_tensorwise(made: _Made) -> bool:
     """Whether an update is a rule over lists, tensor by tensor, without matrix products."""
-    return callable(getattr(cls, "rule", None)) and "matmul" not in inspect.getsource(sys.modules[cls.__module__])
+    if not callable(getattr(made.cls, "rule", None)):
+        return False
+    optimizer, params = made.build([("hidden.weight", (4, 4))], "cpu")
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step(StillClosure(params))
+    return counter.get_total_flops() == 0
 
 
 def _time(
