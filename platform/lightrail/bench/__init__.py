@@ -64,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
         temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     if options.document:
         options.document.parent.mkdir(parents=True, exist_ok=True)
-        words = " ".join(("lightrail", "bench", *arguments))
+        # How it was made, without where it was written.
+        places = {"--json", "--document", str(options.json), str(options.document)}
+        words = " ".join(("lightrail", "bench", *(word for word in arguments if word not in places)))
         with replacing(options.document) as temporary:
             temporary.write_text(f"Made by `{words}`; not edited by hand.\n\n```text\n{found.text()}\n```\n")
     print(f"\nwritten to {path}")
