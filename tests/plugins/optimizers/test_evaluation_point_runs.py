@@ -34,6 +34,7 @@ def test_what_is_tested_is_what_the_best_checkpoint_holds(tmp_path: Path) -> Non
             f"run.root={tmp_path}",
         ]
     )
+    run.task.monitor = ("val_loss", "max")  # type: ignore[assignment]  # so that the best is not the last
     seen = WeightsInTest()
     run.callbacks = [*run.callbacks, seen]
     result = run.execute()
