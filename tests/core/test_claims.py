@@ -148,6 +148,17 @@ def test_the_document_says_what_was_found_and_fills_the_cards(tmp_path: Path) ->
     assert "reproduces (docs_lm: -0.5000" in found["lightrail_optimizers.lion.Lion"][0]
 
 
+def test_a_card_names_the_options_under_which_a_verdict_holds(tmp_path: Path) -> None:
+    options = {"adamw_lr": 3e-3}
+    record = [
+        Measured("optimizer", "docs_lm", "adamw", rate=1e-3, trials=(trial(3, 1.0), trial(3, 1.1))),
+        Measured("optimizer", "docs_lm", "muon", options, rate=1e-2, trials=(trial(3, 0.5), trial(3, 0.6))),
+    ]
+    cards = tmp_path / "measured.json"
+    Document("optimizer", {each.key: each for each in record}, trials=6, seeds=2).write_cards(cards)
+    assert "(docs_lm adamw_lr=0.003: -0.5" in json.loads(cards.read_text())["lightrail_optimizers.muon.Muon"][0]
+
+
 def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightrail.bench import claims
 
