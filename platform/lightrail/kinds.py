@@ -57,7 +57,11 @@ KINDS: dict[str, Kind] = {
             supplied=("optimizer", "total_steps"),
         ),
         Kind(
-            "transform", "a gradient transform: acts between the gradient and the update", many=True, base="Transform"
+            "transform",
+            "a gradient transform: acts between the gradient and the update",
+            many=True,
+            base="Transform",
+            supplied=("rebuild",),
         ),
         Kind("sampler", "a solver of the generative process", commands=("generate",)),
         Kind("sampler_wrapper", "what is put around the solver", many=True, commands=("generate",)),

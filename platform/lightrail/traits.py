@@ -70,6 +70,14 @@ class Traits:
         needs_groups: Calls ``closure.groups``; the batch must be divisible.
         needs_clusters: Calls ``closure.clusters``; the task must offer ``clusters``.
         needs_objectives: Calls ``closure.jacobian``; the task must offer ``objectives``.
+        needs_sample_losses: Calls ``closure.sample_losses``, ``weighted`` or ``sample_jacobian``; the task must offer
+            ``sample_losses``.
+        needs_outputs: Calls ``closure.outputs``; the task must offer ``outputs`` and ``output_loss``.
+        needs_module: Is handed the module by ``attach`` and cannot work without it.
+        watches_gradient: A schedule or batching whose ``observe(params, closure)`` is called once a step with the raw
+            gradient in ``.grad``, before any transform.
+        scales_with_gradient: Whether an update grows in proportion to the gradient (SGD), rather than being divided by
+            its history (Adam, sign); ``None`` where nobody has said, and it can be measured.
         needs_per_sample_gradients: Needs one gradient a sample.
         needs_parameter_names: Is built from ``(name, parameter)`` pairs in place of bare parameters.
         needs_whole_tensors: Works on norms, matrices or vectors of whole tensors, which sharding would cut.
@@ -94,6 +102,11 @@ class Traits:
     needs_groups: bool = False
     needs_clusters: bool = False
     needs_objectives: bool = False
+    needs_sample_losses: bool = False
+    needs_outputs: bool = False
+    needs_module: bool = False
+    watches_gradient: bool = False
+    scales_with_gradient: bool | None = None
     needs_per_sample_gradients: bool = False
     needs_parameter_names: bool = False
     needs_whole_tensors: bool = False
@@ -117,6 +130,8 @@ class Traits:
             or self.needs_groups
             or self.needs_clusters
             or self.needs_objectives
+            or self.needs_sample_losses
+            or self.needs_outputs
         )
 
     def to_dict(self) -> dict[str, Any]:

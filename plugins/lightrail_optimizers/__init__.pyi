@@ -1,7 +1,5 @@
 from lightrail_optimizers.adamp import AdamP as AdamP
 from lightrail_optimizers.block_coordinate import BlockCoordinate as BlockCoordinate
-from lightrail_optimizers.clip_norm import ClipNorm as ClipNorm
-from lightrail_optimizers.coordinate_clip import CoordinateClip as CoordinateClip
 from lightrail_optimizers.cyclic_block import CyclicBlock as CyclicBlock
 from lightrail_optimizers.cyclic_block import VarianceReducedCyclicBlock as VarianceReducedCyclicBlock
 from lightrail_optimizers.diffgrad import DiffGrad as DiffGrad
@@ -44,7 +42,6 @@ from lightrail_optimizers.riemannian_adam import RiemannianAMSGrad as Riemannian
 from lightrail_optimizers.riemannian_sgd import RiemannianSGD as RiemannianSGD
 from lightrail_optimizers.rs_sgdm import RandomlyScaledSGDM as RandomlyScaledSGDM
 from lightrail_optimizers.saddle_free_newton import SaddleFreeNewton as SaddleFreeNewton
-from lightrail_optimizers.sam import SAM as SAM
 from lightrail_optimizers.scaled_gd import ScaledGD as ScaledGD
 from lightrail_optimizers.schedule_free_adamw import ScheduleFreeAdamW as ScheduleFreeAdamW
 from lightrail_optimizers.sgdp import SGDP as SGDP
@@ -53,5 +50,33 @@ from lightrail_optimizers.soap import SOAP as SOAP
 from lightrail_optimizers.sophia import SophiaG as SophiaG
 from lightrail_optimizers.sophia import SophiaH as SophiaH
 from lightrail_optimizers.spider import Spider as Spider
+from lightrail_optimizers.transforms.agc import AGC as AGC
+from lightrail_optimizers.transforms.cagrad import CAGrad as CAGrad
+from lightrail_optimizers.transforms.centralize import Centralize as Centralize
+from lightrail_optimizers.transforms.clip_norm import ClipNorm as ClipNorm
+from lightrail_optimizers.transforms.clip_value import ClipValue as ClipValue
+from lightrail_optimizers.transforms.coordinate_clip import CoordinateClip as CoordinateClip
+from lightrail_optimizers.transforms.cvar import CVaR as CVaR
+from lightrail_optimizers.transforms.entropy_sgd import EntropySGD as EntropySGD
+from lightrail_optimizers.transforms.fad import FAD as FAD
+from lightrail_optimizers.transforms.gam import GAM as GAM
+from lightrail_optimizers.transforms.gradient_regularization import GradientRegularization as GradientRegularization
+from lightrail_optimizers.transforms.invariance_augmentation import InvarianceAugmentation as InvarianceAugmentation
+from lightrail_optimizers.transforms.lookahead import Lookahead as Lookahead
+from lightrail_optimizers.transforms.mgda import MGDA as MGDA
+from lightrail_optimizers.transforms.mup import MuP as MuP
+from lightrail_optimizers.transforms.orthogonal_conv import OrthogonalConv as OrthogonalConv
+from lightrail_optimizers.transforms.orthogonal_pair import OrthogonalPair as OrthogonalPair
+from lightrail_optimizers.transforms.pcgrad import PCGrad as PCGrad
+from lightrail_optimizers.transforms.perp_grad import PerpGrad as PerpGrad
+from lightrail_optimizers.transforms.primal_dual import PrimalDual as PrimalDual
+from lightrail_optimizers.transforms.random_scaling import RandomScaling as RandomScaling
+from lightrail_optimizers.transforms.sam import SAM as SAM
+from lightrail_optimizers.transforms.sdat import SDAT as SDAT
+from lightrail_optimizers.transforms.sso import SSO as SSO
+from lightrail_optimizers.transforms.upgrad import IWRM as IWRM
+from lightrail_optimizers.transforms.upgrad import UPGrad as UPGrad
+from lightrail_optimizers.transforms.vat import VAT as VAT
+from lightrail_optimizers.transforms.vrgd import VRGD as VRGD
 
 __all__: list[str]

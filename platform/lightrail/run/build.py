@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 from torch import nn
@@ -20,6 +22,7 @@ from lightrail.run.resolve import Resolved, resolve
 from lightrail.run.resume import Resumed
 from lightrail.run.run import Run
 from lightrail.step.players import Game, game_of
+from lightrail.step.transform import Transform
 from lightrail.traits import traits_of
 
 __all__ = ["build"]
@@ -52,13 +55,14 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         _check_game(config)
         game.attach(task)
     optimizer, schedule = _factories(resolved, task, game, notes)
+    transforms = _make_transforms(resolved, task)
     run = Run(
         composition=composition,
         task=task,
         data=data,
         optimizer=optimizer,
         schedule=schedule,
-        transforms=[make(resolved, each) for each in resolved.chosen.get("transform", ())],
+        transforms=transforms,
         callbacks=[make(resolved, each) for each in resolved.chosen.get("callback", ())],
         metrics={each.name: make(resolved, each) for each in resolved.chosen.get("metric", ())},
         loggers=[_logger_factory(resolved, each) for each in resolved.chosen.get("logger", ())],
@@ -215,6 +219,25 @@ def _make_task(resolved: Resolved) -> LightningModule:
     if not isinstance(task, LightningModule):
         raise _wrong_class("task", type(task), "a LightningModule")
     return task
+
+
+def _make_transforms(resolved: Resolved, task: LightningModule) -> list[Transform]:
+    """Each is shown the task while its weights are fresh."""
+    model = resolved.one("model")
+    transforms: list[Transform] = []
+    for each in resolved.chosen.get("transform", ()):
+        supplied = {} if model is None else {"rebuild": partial(_rebuild, resolved, model)}
+        transform = make(resolved, each, supplied)
+        transform.attach(task)
+        transforms.append(transform)
+    return transforms
+
+
+def _rebuild(resolved: Resolved, model: Chosen, **changes: Any) -> nn.Module:
+    """The run's model once more, with some options changed; nothing is drawn from the run's random numbers."""
+    changed = dataclasses.replace(model, options={**model.options, **changes})
+    with torch.random.fork_rng():
+        return make(resolved, changed)
 
 
 Factory = Callable[[LightningModule], Optimizer]

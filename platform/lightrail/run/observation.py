@@ -22,7 +22,7 @@ from lightrail.run.logged_state import load_logged_state, logged_state
 from lightrail.run.loops import EpochLoop
 from lightrail.run.progress import Progress
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
-from lightrail.step.transform import CombinedOptimizer, TransformedOptimizer
+from lightrail.step.transform import TransformedOptimizer, has_evaluation_point
 
 __all__ = ["Observation"]
 
@@ -293,13 +293,7 @@ class Observation(Callback):
 
 def _point_mover(trainer: Trainer) -> Any:
     """The optimizer, where it trains at one point and is evaluated at another."""
-    for optimizer in trainer.optimizers or ():
-        inner = optimizer.optimizer if isinstance(optimizer, TransformedOptimizer) else optimizer
-        if isinstance(inner, CombinedOptimizer):
-            return inner if inner.has_evaluation_point else None
-        if callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None)):
-            return inner
-    return None
+    return next(filter(has_evaluation_point, trainer.optimizers or ()), None)
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float]:

@@ -60,6 +60,7 @@ def resolve(composition: Composition) -> Resolved:
     _check_precision(methods, str(trainer.precision))
     _check_sharding(methods, str(trainer.get("strategy", "auto")))
     _check_devices(trainer)
+    _check_evaluation_points(methods)
     task = next((each for each in chosen if each.kind == "task"), None)
     if task is None:
         raise CompositionError(
@@ -98,6 +99,18 @@ def _check_sharding(methods: Sequence[tuple[Chosen, Traits]], strategy: str) -> 
             )
 
 
+def _check_evaluation_points(methods: Sequence[tuple[Chosen, Traits]]) -> None:
+    """Two methods that evaluate elsewhere than they train would each move the other's point."""
+    movers = [chosen for chosen, traits in methods if traits.has_evaluation_point]
+    if len(movers) > 1:
+        raise CompositionError(
+            "two methods each want the parameters evaluated at a point of their own",
+            found=", ".join(f"{each.kind} '{each.name}'" for each in movers),
+            allowed="one method that averages, or looks from another point",
+            remedy=f"Leave out {movers[-1].kind} '{movers[-1].name}', or choose another {movers[0].kind}.",
+        )
+
+
 def _check_devices(trainer: Any) -> None:
     accelerator, devices = str(trainer.accelerator), trainer.devices
     wanted = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
@@ -126,6 +139,9 @@ _TASK_METHODS = (
     ("needs_sampled_loss", "sampled_loss", "sampled_loss(self, batch, generator)"),
     ("needs_objectives", "objectives", "objectives(self, batch)"),
     ("needs_clusters", "clusters", "clusters(self, batch)"),
+    ("needs_sample_losses", "sample_losses", "sample_losses(self, batch)"),
+    ("needs_outputs", "outputs", "outputs(self, batch) and output_loss(self, outputs, batch)"),
+    ("needs_outputs", "output_loss", "outputs(self, batch) and output_loss(self, outputs, batch)"),
 )
 
 

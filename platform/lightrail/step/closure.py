@@ -12,24 +12,40 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightrail.errors import ClosureError
-from lightrail.step.batches import leading_size, split_batch, split_by_cluster
-from lightrail.step.randomness import RandomState
-from lightrail.step.running_statistics import Statistics
+from lightrail.step.parts import PartsOfTheBatch
 
-__all__ = ["Closure"]
+__all__ = ["QUESTIONS", "Closure"]
 
-LossFn = Callable[..., Tensor]
+# Each is answered by whoever holds the window; a closure around another one passes them on.
+QUESTIONS = (
+    "loss",
+    "value_of",
+    "gradient_of",
+    "hvp",
+    "sampled",
+    "groups",
+    "clusters",
+    "jacobian",
+    "sample_losses",
+    "weighted",
+    "sample_jacobian",
+    "objectives",
+    "outputs",
+    "output_loss",
+    "num_samples",
+)
 
 
-class Closure:
+class Closure(PartsOfTheBatch):
     """What a loss function answers about itself at and around the current parameters.
 
     Args:
-        loss_fn: ``loss_fn(batch)``, or ``loss_fn()`` where no batches are given: a scalar, the mean over the batch.
+        loss_fn: ``loss_fn(batch)``, or ``loss_fn()`` where no batches are given: a scalar, the mean over the batch; or
+            a mapping with ``loss`` and other scalars, which :meth:`gradient_of` knows by name.
         params: The parameters that are being optimized, in the order of the optimizer's groups.
         batches: The micro-batches of one accumulation window; the loss of the window is the mean of theirs.
         module: The module whose BatchNorm statistics and metrics must move once a step, however many evaluations a
@@ -42,6 +58,9 @@ class Closure:
             :meth:`clusters`.
         num_samples_fn: ``num_samples_fn(batch)``: how many terms the mean loss of a batch has (tokens for a language
             model); the length of its leading axis where it is not given.
+        sample_losses_fn: ``sample_losses_fn(batch)``: the loss of each sample, a 1-d tensor whose mean is the loss.
+        outputs_fn: ``outputs_fn(batch)``: what the loss looks at (logits, predictions), samples along the first axis.
+        output_loss_fn: ``output_loss_fn(outputs, batch)``: the mean loss of these outputs.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -55,73 +74,6 @@ class Closure:
         [2.0, 0.0]
     """
 
-    def __init__(
-        self,
-        loss_fn: LossFn,
-        params: Sequence[Tensor],
-        *batches: Any,
-        module: nn.Module | None = None,
-        sampled_loss_fn: LossFn | None = None,
-        objectives_fn: Callable[..., Any] | None = None,
-        clusters_fn: Callable[..., Tensor] | None = None,
-        num_samples_fn: Callable[..., int] | None = None,
-        players: Mapping[str, Sequence[Tensor]] | None = None,
-        in_turn: bool = False,
-    ) -> None:
-        self.params: list[Tensor] = list(params)
-        self._set_players(players, in_turn)
-        self.evaluations = 0
-        self._loss_fn = loss_fn
-        self._sampled_loss_fn = sampled_loss_fn
-        self._objectives_fn = objectives_fn
-        self._clusters_fn = clusters_fn
-        self._num_samples_fn = num_samples_fn
-        self._batches: list[tuple[Any, ...]] = [(batch,) for batch in batches] or [()]
-        self._divisor = len(self._batches)
-        self._statistics = Statistics(module)
-        self._states: list[RandomState | None] = [None] * len(self._batches)
-        self._has_run = False
-
-    def _set_players(self, players: Mapping[str, Sequence[Tensor]] | None, in_turn: bool) -> None:
-        self._players = {name: list(params) for name, params in (players or {}).items()}
-        self._moving = tuple(self._players)[: 1 if in_turn else None]
-
-    # What a loop of its own overrides: how it evaluates a micro-batch, what it silences, how its ranks agree.
-
-    def _evaluate(self, fn: LossFn, batch: tuple[Any, ...], index: int) -> Tensor:
-        """The loss ``fn`` of one micro-batch."""
-        return fn(*batch)
-
-    def _average(self, tensors: list[Tensor]) -> None:
-        """Averages over ranks, in place."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world_size = torch.distributed.get_world_size()
-            if world_size > 1:
-                for tensor in tensors:
-                    torch.distributed.all_reduce(tensor)
-                    tensor.div_(world_size)
-
-    def _run_first(self) -> Tensor:
-        """The one evaluation of a step that moves statistics, logs and counts; leaves its gradient in ``.grad``."""
-        for p in self.params:
-            p.grad = None
-        losses = []
-        for index, batch in enumerate(self._batches):
-            self._states[index] = RandomState.capture()
-            losses.append(self._differentiate(self._evaluate, self._loss_fn, batch, index))
-        self._average([p.grad for p in self.params if p.grad is not None])
-        return self._mean_over_ranks(losses)
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """An extra evaluation: what it moves, other than what the method asked for, is put back."""
-        outside = RandomState.capture()
-        try:
-            with self._statistics.frozen():
-                yield
-        finally:
-            outside.restore()
-
     # The questions.
 
     @torch.enable_grad()
@@ -131,7 +83,7 @@ class Closure:
         Returns:
             The mean loss over the window and over ranks: a 0-d tensor without a graph.
         """
-        self.evaluations += 1
+        self._count()
         if not self._has_run:
             self._has_run = True
             return self._run_first()
@@ -160,7 +112,7 @@ class Closure:
     @torch.no_grad()
     def loss(self) -> Tensor:
         """The loss at the current parameters, without gradients: a 0-d tensor."""
-        self.evaluations += 1
+        self._count()
         with self._aside():
             fn = self._loss_fn
             if self._players:
@@ -168,6 +120,53 @@ class Closure:
                 fn = lambda *batch: torch.stack(of_each(*batch)).sum()  # noqa: E731
             losses = [self._replay(fn, batch, index) / self._divisor for index, batch in enumerate(self._batches)]
         return self._mean_over_ranks(losses)
+
+    @torch.no_grad()
+    def value_of(self, fn: str | Callable[..., Tensor]) -> Tensor:
+        """Another function of the batch at the current parameters, without gradients.
+
+        Args:
+            fn: As for :meth:`gradient_of`.
+
+        Returns:
+            Its mean over the window and over ranks: a 0-d tensor.
+        """
+        self._count()
+        asked = self._function(fn)
+        with self._aside():
+            values = [self._replay(asked, batch, index) / self._divisor for index, batch in enumerate(self._batches)]
+        return self._mean_over_ranks(values)
+
+    @torch.enable_grad()
+    def gradient_of(self, fn: str | Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Another function of the batch and its gradient: a penalty, a constraint, one of several losses.
+
+        Args:
+            fn: ``fn(batch)``, a scalar, called once a micro-batch and in their order; or the name of a scalar that the
+                loss function returns beside the loss.
+
+        Returns:
+            Its mean over the window and over ranks, and one tensor a parameter (zeros where it does not depend on
+            it); ``.grad`` stays as it was.
+
+        Raises:
+            ClosureError: Nothing has that name, or it cannot be differentiated.
+        """
+        self._count()
+        value, gradients = self._gradient_of(self._function(fn))
+        return value, self._filled(gradients)
+
+    def _function(self, fn: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if self._players:
+            raise ClosureError(
+                "a game has no one loss beside which another could stand",
+                found=f"players {', '.join(self._players)}",
+                allowed="a task with one loss",
+                remedy="Choose a transform that asks for the loss alone.",
+            )
+        if isinstance(fn, str):
+            return _named(fn, self._returned_fn)
+        return lambda *args: fn(*args[:1])  # a task's step may get more than its batch
 
     @torch.enable_grad()
     def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -189,7 +188,7 @@ class Closure:
                 allowed="one loss",
                 remedy="Choose a method that needs no second derivatives.",
             )
-        self.evaluations += 1
+        self._count()
         total: list[Tensor] = [torch.zeros_like(p) for p in self.params]
         where = [i for i, p in enumerate(self.params) if p.requires_grad]
         params = [self.params[i] for i in where]
@@ -241,123 +240,12 @@ class Closure:
             ClosureError: The task offers no ``sampled_loss``.
         """
         sampled_loss_fn = self._required(self._sampled_loss_fn, "sampled_loss", "sampled_loss(batch, generator)")
-        self.evaluations += 1
+        self._count()
         generator = torch.Generator(self.params[0].device)
         # One draw from the global generator: labels differ from step to step, and an exact resume repeats them.
         generator.manual_seed(int(torch.randint(2**62, (), dtype=torch.int64)) + self._rank)
         _, gradients = self._gradient_of(lambda *batch: sampled_loss_fn(*batch, generator))
         return self._filled(gradients)
-
-    @torch.enable_grad()
-    def groups(self, count: int) -> list[list[Tensor]]:
-        """The gradients of ``count`` disjoint parts of the batch.
-
-        Part j is the j-th of ``count`` slices along the leading axis, over all micro-batches and ranks.
-
-        Args:
-            count: How many parts, between 1 and the size of the smallest micro-batch.
-
-        Returns:
-            ``count`` lists of one tensor a parameter.
-
-        Raises:
-            ClosureError: No batch was given, or one is smaller than ``count``.
-        """
-        self.evaluations += 1
-        parts = [split_batch(batch, count) for batch in self._batches]
-        found = []
-        for part in range(count):
-            _, gradients = self._gradient_of(self._loss_fn, [parts[index][part] for index in range(len(self._batches))])
-            found.append(self._filled(gradients))
-        return found
-
-    @torch.enable_grad()
-    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
-        """The gradient of the samples of each cluster, over the whole window and all ranks.
-
-        Every sample is evaluated once, together with the others of its cluster.
-
-        Args:
-            count: How many clusters there are; the task numbers them from 0.
-
-        Returns:
-            For each cluster how many samples it has here, and the gradient of their mean loss (zeros where it has
-            none), one tensor a parameter.
-
-        Raises:
-            ClosureError: The task offers no ``clusters``, or numbers one ``count`` or higher.
-        """
-        clusters_fn = self._required(self._clusters_fn, "clusters", "clusters(batch)")
-        self.evaluations += 1
-        parts = [split_by_cluster(batch, clusters_fn(*batch), count) for batch in self._batches]
-        summed_loss = lambda *batch: self._loss_fn(*batch) * (leading_size(batch) or 0)  # noqa: E731
-        sizes = torch.zeros(count, dtype=torch.float64, device=self.params[0].device)
-        sums = []
-        for cluster in range(count):
-            members = [each[cluster] for each in parts]
-            sizes[cluster] = sum(leading_size(batch) or 0 for batch in members) / self._divisor
-            sums.append(self._filled(self._gradient_here(summed_loss, members)[1]))
-        # All of them, on every rank: a rank may lack a cluster that another has.
-        self._average([sizes, *(tensor for each in sums for tensor in each)])
-        for size, each in zip(sizes.tolist(), sums, strict=True):
-            if size:
-                torch._foreach_div_(each, size)
-        samples = [round(size * self._divisor * self._world_size) for size in sizes.tolist()]
-        return list(zip(samples, sums, strict=True))
-
-    @torch.enable_grad()
-    def jacobian(self) -> list[list[Tensor]]:
-        """One gradient an objective, for tasks with several losses.
-
-        Returns:
-            A list, an objective, of one tensor a parameter.
-
-        Raises:
-            ClosureError: The task offers no ``objectives``.
-        """
-        objectives_fn = self._required(self._objectives_fn, "objectives", "objectives(batch)")
-        self.evaluations += 1
-        rows: list[list[Tensor]] = []
-        params = [p for p in self.params if p.requires_grad]
-        with self._aside():
-            for index, batch in enumerate(self._batches):
-                values = _as_scalars(self._replay(objectives_fn, batch, index))
-                for row, value in enumerate(values):
-                    gradients = iter(
-                        torch.autograd.grad(
-                            value / self._divisor,
-                            params,
-                            retain_graph=row + 1 < len(values),
-                            allow_unused=True,
-                            materialize_grads=True,
-                        )
-                    )
-                    full = [next(gradients) if p.requires_grad else torch.zeros_like(p) for p in self.params]
-                    if index == 0:
-                        rows.append(full)
-                    else:
-                        torch._foreach_add_(rows[row], full)
-        for row in rows:
-            self._average(row)
-        return rows
-
-    def num_samples(self) -> int:
-        """How many terms the mean loss has, over the whole window and all ranks.
-
-        Raises:
-            ClosureError: No batch was given to count in.
-        """
-        count = sum(self._num_samples_fn(*b) if self._num_samples_fn else leading_size(b) or 0 for b in self._batches)
-        if not count:
-            raise ClosureError(
-                "the closure cannot count the samples of its loss",
-                found="a loss function that closes over its batch",
-                allowed="lightrail.Closure(loss_fn, params, batch), or num_samples_fn",
-                remedy="Pass the batch to lightrail.Closure, or give the method its batch size.",
-            )
-        total = torch.tensor([float(count)], dtype=torch.float64, device=self.params[0].device)
-        self._average([total])
-        return round(float(total) * self._world_size)
 
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
@@ -389,99 +277,27 @@ class Closure:
         finally:
             self.params, self._moving = kept
 
-    # How they are answered.
 
-    @property
-    def _rank(self) -> int:
-        distributed = torch.distributed
-        return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+def _named(name: str, returned_fn: Callable[..., Any]) -> Callable[..., Tensor]:
+    """One of the scalars that a loss function returns beside the loss."""
 
-    @property
-    def _world_size(self) -> int:
-        distributed = torch.distributed
-        return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-    def _required(self, fn: Callable[..., Any] | None, name: str, signature: str) -> Callable[..., Any]:
-        if fn is None:
+    def value(*args: Any) -> Tensor:
+        returned = returned_fn(*args)
+        scalars = returned if isinstance(returned, Mapping) else {}
+        if not isinstance(scalars.get(name), Tensor):
             raise ClosureError(
-                f"the method needs '{name}', which this task or loop does not offer",
-                found="a loss alone",
-                allowed=f"a task with a method {signature}",
-                remedy=f"Add {signature} to the task, or pass it to lightrail.Closure; or choose another method.",
+                f"the loss function returns nothing named '{name}'",
+                found=f"it returns {', '.join(scalars) or 'the loss alone'}",
+                allowed="a scalar that training_step returns beside the loss: {'loss': …, '" + name + "': …}",
+                remedy=f"Return '{name}' from training_step, or use one of the names above.",
             )
-        return fn
+        if torch.is_grad_enabled() and not scalars[name].requires_grad:
+            raise ClosureError(
+                f"'{name}' does not depend on the parameters in a way that can be differentiated",
+                found=f"a tensor without a gradient under '{name}'",
+                allowed="a differentiable scalar: no argmax, no detach, no threshold",
+                remedy=f"Return a smooth stand-in for '{name}' from training_step.",
+            )
+        return scalars[name]
 
-    def _replay(self, fn: Callable[..., Any], batch: tuple[Any, ...], index: int) -> Any:
-        """Evaluates one micro-batch with the random state that its first evaluation had."""
-        state = self._states[index]
-        if state is None:
-            self._states[index] = RandomState.capture()
-        else:
-            state.restore()
-        return self._evaluate(fn, batch, index)
-
-    def _gradient_of(
-        self, fn: LossFn, batches: Sequence[tuple[Any, ...]] | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and gradient of ``fn`` over the window and all ranks."""
-        losses, found = self._gradient_here(fn, batches or self._batches)
-        self._average([gradient for gradient in found if gradient is not None])
-        return self._mean_over_ranks(losses), found
-
-    def _gradient_here(
-        self, fn: LossFn, batches: Sequence[tuple[Any, ...]]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The losses and the gradient of ``fn`` on this rank, through ``.grad`` and back; empty batches are skipped.
-
-        ``backward`` rather than ``autograd.grad``: it gives gradients in the layout of their parameters, and it is
-        what the first evaluation used, so that the two are equal bit for bit.
-        """
-        kept = [p.grad for p in self.params]
-        for p in self.params:
-            p.grad = None
-        losses = []
-        try:
-            with self._aside():
-                for index, batch in enumerate(batches):
-                    if leading_size(batch) == 0:
-                        continue
-                    losses.append(self._differentiate(self._replay, fn, batch, index))
-            found = [p.grad for p in self.params]
-        finally:
-            for p, gradient in zip(self.params, kept, strict=True):
-                p.grad = gradient
-        return losses, found
-
-    def _differentiate(self, evaluate: Callable[..., Tensor], fn: LossFn, batch: tuple[Any, ...], index: int) -> Tensor:
-        """Adds the gradient of one micro-batch to ``.grad``: in a game, each player's own, of its own loss."""
-        if not self._players:
-            return self._backward(evaluate(fn, batch, index), self.params)
-        losses = evaluate(self._of_each_player(fn), batch, index)
-        parts = [self._backward(loss, self._players[name]) for name, loss in zip(self._moving, losses, strict=True)]
-        return torch.stack(parts).sum()
-
-    def _backward(self, loss: Tensor, params: Sequence[Tensor]) -> Tensor:
-        loss = loss / self._divisor
-        if loss.requires_grad:
-            loss.backward(inputs=[p for p in params if p.requires_grad])
-        return loss.detach()
-
-    def _of_each_player(self, fn: LossFn) -> Callable[..., Any]:
-        """One evaluation for all who move, so that they draw from one stream of random numbers."""
-        return lambda *batch: [fn(name, *batch) for name in self._moving]
-
-    def _mean_over_ranks(self, losses: list[Tensor]) -> Tensor:
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        self._average([total])
-        return total
-
-    def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
-
-
-def _as_scalars(objectives: Any) -> list[Tensor]:
-    if isinstance(objectives, Mapping):
-        return list(objectives.values())
-    if isinstance(objectives, Tensor):
-        return list(objectives.unbind())
-    return list(objectives)
+    return value

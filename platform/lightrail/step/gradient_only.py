@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import ClosureError
-from lightrail.step.closure import Closure
+from lightrail.step.closure import QUESTIONS, Closure
 
 __all__ = ["GradientOnly"]
 
@@ -54,28 +54,20 @@ class GradientOnly(Closure):
             "under `train` this closure is built for you at any precision but 16-mixed.",
         )
 
-    def loss(self) -> Tensor:
-        return self._refuse()
-
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._refuse()
-
-    def sampled(self) -> list[Tensor]:
-        return self._refuse()
-
-    def groups(self, count: int) -> list[list[Tensor]]:
-        return self._refuse()
-
-    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
-        return self._refuse()
-
-    def jacobian(self) -> list[list[Tensor]]:
-        return self._refuse()
-
-    def num_samples(self) -> int:
-        return self._refuse()
-
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
         self._refuse()
         yield self
+
+    @contextmanager
+    def part(self, index: int, count: int) -> Iterator[Closure]:
+        self._refuse()
+        yield self
+
+
+def _refused(self: GradientOnly, *_args: Any, **_options: Any) -> Any:
+    return self._refuse()
+
+
+for _question in QUESTIONS:
+    setattr(GradientOnly, _question, _refused)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightrail.step.closure import Closure
+from lightrail.step.closure import QUESTIONS, Closure
 from lightrail.step.gradient_only import GradientOnly
 from lightrail.traits import Traits
 
-__all__ = ["CombinedOptimizer", "Transform", "TransformedOptimizer"]
+__all__ = ["CombinedOptimizer", "Observer", "Transform", "TransformedOptimizer", "has_evaluation_point"]
 
 
 class Transform:
@@ -41,6 +41,23 @@ class Transform:
 
     traits: ClassVar[Traits] = Traits()
 
+    def attach(self, module: nn.Module) -> None:
+        """Called once, when the module's first weights are drawn and before there is an optimizer.
+
+        What a transform does to weights here is done before a checkpoint is loaded, so it happens once in the life of
+        a run. In a loop of your own, call it yourself.
+
+        Args:
+            module: The LightningModule, or the model of a plain loop.
+        """
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Called once, when the optimizer is made and before it has state; may divide ``param_groups``.
+
+        Args:
+            optimizer: The optimizer inside, whose learning rates no schedule has touched yet.
+        """
+
     def before_step(self, params: list[Tensor], closure: Closure) -> None:
         """Edits ``.grad`` in place, or puts new tensors there. ``.grad`` may be ``None``.
 
@@ -56,6 +73,15 @@ class Transform:
             params: The parameters after the update.
             previous: Copies of them from before it.
         """
+
+    def eval(self, params: list[Tensor]) -> None:
+        """Moves the parameters to the point to be evaluated, for one whose traits have ``has_evaluation_point``.
+
+        Called where they may be there already.
+        """
+
+    def train(self, params: list[Tensor]) -> None:
+        """Moves them back to the point that training goes on from."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on exactly: tensors and plain values."""
@@ -81,7 +107,7 @@ class _TransformedClosure(Closure):
         return self._inner.params
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> float:  # type: ignore[override]
         return self._inner.evaluations
 
     def __call__(self) -> Tensor:
@@ -90,36 +116,48 @@ class _TransformedClosure(Closure):
             self._transform.before_step(self.params, self._inner)
         return loss
 
-    def loss(self) -> Tensor:
-        return self._inner.loss()
-
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return self._inner.hvp(vectors)
-
-    def sampled(self) -> list[Tensor]:
-        return self._inner.sampled()
-
-    def groups(self, count: int) -> list[list[Tensor]]:
-        return self._inner.groups(count)
-
-    def clusters(self, count: int) -> list[tuple[int, list[Tensor]]]:
-        return self._inner.clusters(count)
-
-    def jacobian(self) -> list[list[Tensor]]:
-        return self._inner.jacobian()
-
-    def num_samples(self) -> int:
-        return self._inner.num_samples()
-
     @contextmanager
     def at(self, points: Sequence[Tensor]) -> Iterator[Closure]:
         with self._inner.at(points):
             yield self
 
     @contextmanager
+    def part(self, index: int, count: int) -> Iterator[Closure]:
+        with self._inner.part(index, count):
+            yield self
+
+    @contextmanager
     def turn(self, player: str) -> Iterator[Closure]:
         with self._inner.turn(player):
             yield self
+
+
+def _passed_on(question: str) -> Callable[..., Any]:
+    return lambda self, *args, **options: getattr(self._inner, question)(*args, **options)
+
+
+for _question in QUESTIONS:
+    setattr(_TransformedClosure, _question, _passed_on(_question))
+
+
+Observer = Callable[[list[Tensor], Closure], None]
+
+
+class _ObservedClosure(_TransformedClosure):
+    """The innermost closure: who watches the raw gradient of each step sees it before any transform."""
+
+    def __init__(self, inner: Closure, observers: Sequence[Observer]) -> None:
+        super().__init__(inner, Transform())
+        self._observers = observers
+        self._is_seen = False
+
+    def __call__(self) -> Tensor:
+        loss = self._inner()
+        if not self._is_seen:
+            self._is_seen = True
+            for observe in self._observers:
+                observe(self.params, self._inner)
+        return loss
 
 
 class _FinishedClosure(_TransformedClosure):
@@ -172,6 +210,10 @@ class TransformedOptimizer(_View):
         # Set by a loop that owns the accumulation window; it then takes the place of the closure given to `step`.
         self.window: Closure | None = None
         self.finish: Callable[[], None] | None = None
+        # Schedules and batchings that look at the raw gradient, `(params, closure)`, once a step.
+        self.observers: list[Observer] = []
+        for transform in self.transforms:
+            transform.prepare(optimizer)
         self._edits_update = [t for t in self.transforms if type(t).after_step is not Transform.after_step]
 
     @property
@@ -204,6 +246,8 @@ class TransformedOptimizer(_View):
         oracle = self.window
         if oracle is None:
             oracle = closure if isinstance(closure, Closure) else GradientOnly(closure, params)
+        if self.observers:
+            oracle = _ObservedClosure(oracle, self.observers)
         for transform in self.transforms:
             oracle = _TransformedClosure(oracle, transform)
         if self.finish is not None:
@@ -225,15 +269,36 @@ class TransformedOptimizer(_View):
         for transform, state in zip(self.transforms, state_dict["transforms"], strict=True):
             transform.load_state_dict(state)
 
+    @property
+    def has_evaluation_point(self) -> bool:
+        """Whether the optimizer or a transform trains and evaluates at different points."""
+        return has_evaluation_point(self.optimizer) or any(_has_point(each) for each in self.transforms)
+
     def train(self) -> None:
         """Goes to the point where gradients are taken, for a method that has two."""
-        if callable(train := getattr(self.optimizer, "train", None)):
-            train()
+        if has_evaluation_point(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
+        for transform in filter(_has_point, self.transforms):
+            transform.train(self.params)
 
     def eval(self) -> None:
         """Goes to the point that is to be evaluated, for a method that has two."""
-        if callable(evaluate := getattr(self.optimizer, "eval", None)):
-            evaluate()
+        if has_evaluation_point(self.optimizer):
+            self.optimizer.eval()  # type: ignore[attr-defined]
+        for transform in filter(_has_point, self.transforms):
+            transform.eval(self.params)
+
+
+def _has_point(transform: Transform) -> bool:
+    return type(transform).eval is not Transform.eval
+
+
+def has_evaluation_point(optimizer: Any) -> bool:
+    """Whether an optimizer trains and evaluates at different points, between which ``train()`` and ``eval()`` move."""
+    own = getattr(optimizer, "has_evaluation_point", None)
+    if isinstance(own, bool):
+        return own
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 class _JoinedState(MutableMapping[Tensor, Any]):
@@ -314,16 +379,14 @@ class CombinedOptimizer(_View):
     @property
     def has_evaluation_point(self) -> bool:
         """Whether one of them trains and evaluates at different points."""
-        return any(callable(getattr(optimizer, "eval", None)) for optimizer in self.optimizers)
+        return any(map(has_evaluation_point, self.optimizers))
 
     def train(self) -> None:
         """Goes to the point where gradients are taken, for those that have two."""
-        for optimizer in self.optimizers:
-            if callable(train := getattr(optimizer, "train", None)):
-                train()
+        for optimizer in filter(has_evaluation_point, self.optimizers):
+            optimizer.train()  # type: ignore[attr-defined]
 
     def eval(self) -> None:
         """Goes to the point that is to be evaluated, for those that have two."""
-        for optimizer in self.optimizers:
-            if callable(evaluate := getattr(optimizer, "eval", None)):
-                evaluate()
+        for optimizer in filter(has_evaluation_point, self.optimizers):
+            optimizer.eval()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightrail.step.closure import Closure
+from lightrail.step.evaluation import loss_in
 from lightrail.step.players import Game, TurnsOptimizer
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
@@ -58,19 +59,21 @@ class WindowClosure(Closure):
         module = trainer.lightning_module
         self.params = params
         self._set_players(game.players if game else None, bool(game and game.in_turn))
-        self.evaluations = 0
         self._trainer = trainer
         self._module: LightningModule = module
-        self._loss_fn = _loss_of(module.training_step) if game is None else _of_player(module)
+        self._returned_fn = module.training_step
+        self._loss_fn = loss_in(module.training_step) if game is None else _of_player(module)
         self._sampled_loss_fn = self._on_batch("sampled_loss")
         self._objectives_fn = self._on_batch("objectives")
         self._clusters_fn = self._on_batch("clusters")
         self._num_samples_fn = self._on_batch("num_samples")
+        self._sample_losses_fn = self._on_batch("sample_losses")
+        # These are given what they look at, rather than all that training_step is given.
+        self._outputs_fn = getattr(module, "outputs", None)
+        self._output_loss_fn = getattr(module, "output_loss", None)
         self._statistics = statistics
-        self._batches: list[tuple[Any, ...]] = []
-        self._states: list[RandomState | None] = []
+        self._open([])
         self._divisor = trainer.accumulate_grad_batches
-        self._has_run = False
         self._skips_non_finite = skips_non_finite
         self._first_closure: LightningClosure | None = None
         self._losses: list[Tensor] = []
@@ -124,14 +127,6 @@ class WindowClosure(Closure):
     @property
     def _rank(self) -> int:
         return self._trainer.global_rank
-
-
-def _loss_of(training_step: Callable[..., Any]) -> Callable[..., Tensor]:
-    def loss(*args: Any) -> Tensor:
-        output = training_step(*args)
-        return output["loss"] if isinstance(output, Mapping) else output
-
-    return loss
 
 
 def _of_player(module: Any) -> Callable[..., Tensor]:

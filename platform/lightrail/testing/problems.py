@@ -53,7 +53,7 @@ class Problem(ABC):
         """The batch of a step: the same at every call."""
 
     @abstractmethod
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predictions and targets."""
 
     @abstractmethod
@@ -64,15 +64,35 @@ class Problem(ABC):
     def drawn(self, predictions: Tensor, generator: torch.Generator) -> Tensor:
         """Targets from the predictive distribution."""
 
+    def outputs(self, batch: Batch) -> Tensor:
+        """What the loss looks at."""
+        return self.pair(batch)[0]
+
+    def output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of outputs that are given."""
+        return self.sign * self.distance(outputs, self.targets(batch))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The targets alone."""
+        with torch.no_grad():
+            return self.pair(batch)[1]
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample."""
+        predictions, targets = self.pair(batch)
+        return torch.stack(
+            [self.sign * self.distance(p[None], y[None]) for p, y in zip(predictions, targets, strict=True)]
+        )
+
     def loss(self, batch: Batch) -> Tensor:
-        return self.sign * self.distance(*self.outputs(batch))
+        return self.sign * self.distance(*self.pair(batch))
 
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        predictions, _ = self.outputs(batch)
+        predictions, _ = self.pair(batch)
         return self.sign * self.distance(predictions, self.drawn(predictions.detach(), generator))
 
     def objectives(self, batch: Batch) -> list[Tensor]:
-        predictions, targets = self.outputs(batch)
+        predictions, targets = self.pair(batch)
         half = len(predictions) // 2
         parts = (slice(None, half), slice(half, None))
         return [self.sign * self.distance(predictions[part], targets[part]) for part in parts]
@@ -91,6 +111,9 @@ class Problem(ABC):
             sampled_loss_fn=self.sampled_loss,
             objectives_fn=self.objectives,
             clusters_fn=self.clusters,
+            sample_losses_fn=self.sample_losses,
+            outputs_fn=self.outputs,
+            output_loss_fn=self.output_loss,
         )
 
     def plain_closure(self, optimizer: Optimizer, step: int, set_to_none: bool = True) -> Callable[[], Tensor]:
@@ -166,7 +189,7 @@ class Linear(_Regression):
     def batch(self, step: int) -> Batch:
         return torch.arange(self.rows)
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         used = [(self._features[name][batch], p) for name, p in self.named if name not in self.skip]
         terms = [(features * p).reshape(len(batch), p.numel()).sum(1) for features, p in used]
         return torch.stack(terms).sum(0), self._targets[batch]
@@ -192,7 +215,7 @@ class Rosenbrock(_Regression):
     def batch(self, step: int) -> Batch:
         return torch.arange(16) % 4
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         (points,) = self.params
         x, y = points.unbind(1)
         residuals = torch.cat([2 * (y - x**2), 0.2 * (1 - x)])
@@ -229,12 +252,15 @@ class Classifier(Problem):
         inputs = torch.randn(16, 6, generator=generator) + nn.functional.one_hot(targets, 6)
         return inputs.to(self.dtype), targets
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         return self.module(inputs), targets
 
     def distance(self, predictions: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(predictions, targets)
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch[1]
 
     def drawn(self, predictions: Tensor, generator: torch.Generator) -> Tensor:
         return torch.multinomial(predictions.float().softmax(-1), 1, generator=generator).squeeze(-1)
@@ -259,7 +285,7 @@ class SparseEmbedding(_Regression):
     def batch(self, step: int) -> Batch:
         return torch.tensor([1, 3, 3, 7, 0, 2, 1, 5])
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.module(batch).sum(-1), torch.ones(len(batch))
 
 
@@ -275,6 +301,6 @@ class ComplexLeastSquares(_Regression):
     def batch(self, step: int) -> Batch:
         return self._features
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         (weight,) = self.params
         return batch @ weight.flatten(), batch.sum(1) * (1 - 1j)

@@ -41,6 +41,8 @@ INNER: dict[str, Inner] = {"SGD": _sgd, "AdamW": _adamw}
 
 
 def _around(inner: Inner, problem: Problem, *transforms: Transform) -> TransformedOptimizer:
+    for transform in transforms:
+        transform.attach(problem.module)
     torch.manual_seed(3)
     return TransformedOptimizer(inner(problem.params), transforms)
 
@@ -123,6 +125,7 @@ def check_returns_to_the_point(plugin: Any, options: Options) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         problem = Classifier(dtype)
         transform = plugin(**options)
+        transform.attach(problem.module)
         for step in range(3):
             closure = problem.closure(problem.batch(step))
             closure()

@@ -44,6 +44,15 @@ class _Task(LightningModule):
     def objectives(self, batch: Any) -> list[Tensor]:
         return self._problem.objectives(batch)
 
+    def sample_losses(self, batch: Any) -> Tensor:
+        return self._problem.sample_losses(batch)
+
+    def outputs(self, batch: Any) -> Tensor:
+        return self._problem.outputs(batch)
+
+    def output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self._problem.output_loss(outputs, batch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # by now the loader has drawn what it draws
             torch.manual_seed(3)

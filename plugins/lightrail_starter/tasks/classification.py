@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightrail.errors import ConfigurationError
 from lightrail.options import between
-from lightrail_starter.tasks.losses import LossFn, loss_named, refuse_sampling
+from lightrail_starter.tasks.losses import LossFn, loss_named, losses_of_samples, refuse_sampling
 from lightrail_starter.tasks.metrics import means
 
 if TYPE_CHECKING:
@@ -25,10 +25,11 @@ Batch = tuple[Tensor, Tensor]
 PICTURED = 36
 
 
-def _focal(logits: Tensor, target: Tensor) -> Tensor:
+def _focal(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """−(1 − p)² log p for the probability p of the right class."""
     log_p = F.log_softmax(logits, dim=-1).gather(-1, target[:, None])[:, 0]
-    return -((1 - log_p.exp()).square() * log_p).mean()
+    losses = -((1 - log_p.exp()).square() * log_p)
+    return losses.mean() if reduction == "mean" else losses
 
 
 LOSSES: dict[str, LossFn] = {
@@ -130,6 +131,18 @@ class Classification(LightningModule):
         with torch.no_grad():
             labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return F.cross_entropy(logits, labels)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits ``[B, C]``: what the loss looks at."""
+        return self.model(batch[0])
+
+    def output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of these logits."""
+        return self.loss_fn(outputs, batch[1])
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample, ``[B]``."""
+        return losses_of_samples(self.loss_fn, self.outputs(batch), batch[1])
 
     def clusters(self, batch: Batch) -> Tensor:
         """The class of each sample ``[B]``: what methods that keep one average a cluster take for its cluster."""

@@ -107,6 +107,20 @@ class LanguageModeling(LightningModule):
         """The terms of the mean loss: every byte that is predicted."""
         return batch[1].numel()
 
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits ``[B, T, V]``: what the loss looks at."""
+        return self.model(batch[0])
+
+    def output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean cross entropy of these logits."""
+        return F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The mean cross entropy of each window of text, ``[B]``."""
+        logits = self.outputs(batch)
+        losses = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
+        return losses.view(batch[1].shape).mean(1)
+
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """The mean cross entropy with each next byte drawn from the softmax of the model's own logits.
 

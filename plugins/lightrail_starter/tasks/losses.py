@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor
 
 from lightrail.errors import ClosureError, ConfigurationError, closest
 
-__all__ = ["LossFn", "loss_named", "refuse_sampling"]
+__all__ = ["LossFn", "loss_named", "losses_of_samples", "refuse_sampling"]
 
 LossFn = Callable[..., Tensor]
 
@@ -52,6 +53,25 @@ def _refuse(name: str, among: Mapping[str, LossFn], remedy: str, cause: Exceptio
         allowed=f"{', '.join(sorted(among))}, or the dotted path of a function(prediction, target)",
         remedy=remedy,
     ) from cause
+
+
+def losses_of_samples(loss_fn: LossFn, prediction: Tensor, target: Tensor) -> Tensor:
+    """The loss of each sample, ``[B]``, of which ``loss_fn`` is the mean.
+
+    Args:
+        loss_fn: ``loss_fn(prediction, target)``; one with an argument ``reduction`` is asked once, another sample by
+            sample.
+        prediction: ``[B, …]``.
+        target: ``[B, …]``.
+
+    Example:
+        >>> losses_of_samples(torch.nn.functional.mse_loss, torch.tensor([1.0, 3.0]), torch.zeros(2)).tolist()
+        [1.0, 9.0]
+    """
+    if "reduction" in inspect.signature(loss_fn).parameters:
+        losses = loss_fn(prediction, target, reduction="none")
+        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+    return torch.stack([loss_fn(p[None], t[None]) for p, t in zip(prediction, target, strict=True)])
 
 
 def refuse_sampling(loss: str, likelihoods: str) -> NoReturn:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import R2Score
 
-from lightrail_starter.tasks.losses import LossFn, loss_named, refuse_sampling
+from lightrail_starter.tasks.losses import LossFn, loss_named, losses_of_samples, refuse_sampling
 from lightrail_starter.tasks.metrics import means
 
 if TYPE_CHECKING:
@@ -102,6 +102,18 @@ class Regression(LightningModule):
         if metric.update_called and int(metric.total) > 1:
             self.log(f"{stage}_r2", metric.compute())
         metric.reset()
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Predictions, in the shape of the targets: what the loss looks at."""
+        return self._predict(*batch)
+
+    def output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of these predictions."""
+        return self.loss_fn(outputs, batch[1])
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample, ``[B]``: over several targets, their mean."""
+        return losses_of_samples(self.loss_fn, self.outputs(batch), batch[1])
 
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """½ ‖f(x) − y‖², averaged over the batch, with y drawn from the Gaussian N(f(x), I).

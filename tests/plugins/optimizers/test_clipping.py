@@ -11,8 +11,8 @@ from torch import nn
 from lightrail import Closure, TransformedOptimizer
 from lightrail.errors import ConfigurationError
 from lightrail_optimizers import ClipNorm, CoordinateClip
-from lightrail_optimizers.coordinate_clip import clip_coordinates, magnitude_quantile
 from lightrail_optimizers.tensor_lists import global_norm
+from lightrail_optimizers.transforms.coordinate_clip import clip_coordinates, magnitude_quantile
 
 
 def clipped(transform, *gradients):

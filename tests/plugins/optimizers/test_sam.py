@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightrail import Closure, TransformedOptimizer
 from lightrail.errors import ClosureError, ConfigurationError
 from lightrail_optimizers import SAM, ClipNorm
-from lightrail_optimizers.sam import climb
+from lightrail_optimizers.transforms.sam import climb
 
 
 def network(*extra):

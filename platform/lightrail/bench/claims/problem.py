@@ -34,6 +34,14 @@ class CountedClosure(Closure):
         self.extra_passes -= 2 / 3
         return super().loss()
 
+    def value_of(self, fn: Any) -> Tensor:
+        self.extra_passes -= 2 / 3
+        return super().value_of(fn)
+
+    def sample_losses(self) -> Tensor:
+        self.extra_passes -= 2 / 3
+        return super().sample_losses()
+
 
 class Problem:
     """One task with its data, made anew for every trial from torch's global generator.
@@ -100,6 +108,9 @@ class TaskProblem(Problem):
             objectives_fn=getattr(task, "objectives", None),
             clusters_fn=getattr(task, "clusters", None),
             num_samples_fn=getattr(task, "num_samples", None),
+            sample_losses_fn=getattr(task, "sample_losses", None),
+            outputs_fn=getattr(task, "outputs", None),
+            output_loss_fn=getattr(task, "output_loss", None),
         )
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Gradient transforms: what acts between the gradient and the update."""
