@@ -63,7 +63,7 @@ class Closure(PartsOfTheBatch):
         output_loss_fn: ``output_loss_fn(outputs, batch)``: the mean loss of these outputs.
 
     Example:
-        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> closure = Closure(lambda: (w ** 2).sum(), [w])
         >>> closure().item(), w.grad.tolist()
         (5.0, [2.0, 4.0])
