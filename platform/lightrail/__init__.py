@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from lightrail.catalogue import available, load
     from lightrail.errors import LightrailError, UserError
     from lightrail.run import Result, Run, compose
-    from lightrail.step import Closure, CombinedOptimizer, Transform, TransformedOptimizer
+    from lightrail.step import Batching, Closure, CombinedOptimizer, Extent, Portion, Transform, TransformedOptimizer
     from lightrail.traits import Claim, Peer, Traits
 
 __all__ = [
+    "Batching",
     "Claim",
     "Closure",
     "CombinedOptimizer",
+    "Extent",
     "LightrailError",
     "Peer",
+    "Portion",
     "Result",
     "Run",
     "Traits",
@@ -35,11 +38,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batching": "lightrail.step",
     "Claim": "lightrail.traits",
     "Closure": "lightrail.step",
     "CombinedOptimizer": "lightrail.step",
+    "Extent": "lightrail.step",
     "LightrailError": "lightrail.errors",
     "Peer": "lightrail.traits",
+    "Portion": "lightrail.step",
     "Result": "lightrail.run",
     "Run": "lightrail.run",
     "Traits": "lightrail.traits",

@@ -54,7 +54,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "schedule",
             "a callable (optimizer, total_steps, **options) that returns a torch LRScheduler",
-            supplied=("optimizer", "total_steps"),
+            supplied=("optimizer", "total_steps", "folder", "batch_size"),
         ),
         Kind(
             "transform",
@@ -63,6 +63,7 @@ KINDS: dict[str, Kind] = {
             base="Transform",
             supplied=("rebuild",),
         ),
+        Kind("batching", "a lightrail.Batching: how much data goes into a step over time", base="Batching"),
         Kind("sampler", "a solver of the generative process", commands=("generate",)),
         Kind("sampler_wrapper", "what is put around the solver", many=True, commands=("generate",)),
         Kind("guidance", "what steers the prediction", many=True, commands=("generate",)),

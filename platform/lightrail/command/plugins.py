@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -28,13 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     Args:
         arguments: The words after ``lightrail plugins``.
     """
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="lightrail plugins", description="What is installed, by kind.")
-    parser.add_argument("name", nargs="?", help="describe the plugins of this name, or of distribution:name")
-    parser.add_argument("--kind", help="only those of one kind")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(list(arguments))
+    options = _read(arguments)
     if options.kind is not None and options.kind not in KINDS:
         raise ConfigurationError(
             f"there is no kind of plugin named '{options.kind}'",
@@ -45,13 +40,61 @@ def main(arguments: Sequence[str]) -> int:
     found = plugins(options.kind)
     if options.name is not None:
         found = _named(options.name, options.kind, found)
-    if options.json:
+    if options.plot is not None:
+        from lightrail.command.schedule_plot import plotted
+
+        print(plotted(options.name, found, options.set, options.plot, options.batch_size))
+    elif options.set or options.batch_size is not None:
+        raise ConfigurationError(
+            "options are set for a plot only",
+            found=" ".join(options.set) or f"--batch-size {options.batch_size}",
+            allowed="lightrail plugins NAME --plot [FILE] [KEY=VALUE …]",
+            remedy="Add --plot, or give one name.",
+        )
+    elif options.json:
         print(json.dumps(as_objects(found), indent=2, ensure_ascii=False))
     elif options.name is not None:
         print("\n\n".join(map(_card, found)))
     else:
         print(_table(found))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightrail plugins",
+        description="What is installed, by kind; with a name, what that plugin accepts and says of itself.",
+        epilog="A schedule can be drawn: `lightrail plugins cosine --plot final=0.1 warmup_steps=0.1` in the terminal, "
+        "`lightrail plugins cosine --plot curve.svg` into a file.",
+    )
+    parser.add_argument("name", nargs="?", help="describe the plugins of this name, or of distribution:name")
+    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="with --plot: an option of the schedule")
+    parser.add_argument("--kind", help="only those of one kind")
+    shown_as = parser.add_mutually_exclusive_group()
+    shown_as.add_argument("--json", action="store_true", help="for programs")
+    shown_as.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw the schedule of this name over 1000 steps, as a share of the learning rate: in the terminal, or as "
+        "a picture into FILE.png or FILE.svg",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="B", help="with --plot: samples a step, which the axis then counts as well"
+    )
+    return parser
+
+
+def _read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; the word after ``--plot`` may be a file, the first of the options, or the name itself."""
+    options = _parser().parse_intermixed_args(list(arguments))
+    after = options.plot or ""
+    if "=" in after and not after.lower().endswith((".png", ".svg")):
+        options.plot, options.set = "", [after, *options.set]
+    elif after and options.name is None:
+        options.plot, options.name = "", after
+    return options
 
 
 def _named(name: str, kind: str | None, among: Sequence[Plugin]) -> list[Plugin]:

@@ -66,6 +66,7 @@ OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
         "run.accept_changes": _YES_OR_NO,
         "trainer.max_epochs": _whole(-1),
         "trainer.max_steps": _whole(-1),
+        "trainer.max_samples": _whole(1, null=True),
         "trainer.devices": OwnKey(_is_devices, "a number of at least 1, a list of device numbers, auto, or -1 for all"),
         "trainer.accelerator": _word("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
         "trainer.precision": OwnKey(lambda value: str(value) in PRECISIONS, ", ".join(PRECISIONS)),

@@ -23,6 +23,7 @@ MORE_COLOURS = ("#3866d6", "#e07a1f", "#1f9d76", "#a04fb8", "#c43d5a", "#6b7280"
 INK, FAINT = "#374151", "#e5e7eb"
 SMOOTH_FROM = 150  # points; shorter series are shown as they are
 DRAWN_AT_MOST = 4000  # points a line: more than the picture has columns
+_SHARED = re.compile(r"([^:]+/[^:]+):(.+)")
 _LEARNING_RATE = re.compile(r"(?:lr|learning_rate)(?:[-_/.](.*))?")
 
 
@@ -85,7 +86,8 @@ def charts(metrics: Mapping[str, Sequence[tuple[int, float]]], summary: Mapping[
     """Groups the curves: one chart for each thing measured, with its stages as lines; learning rates share one.
 
     The monitored metric comes first, then the loss, then the others in order of appearance, the learning rate after
-    them and what transforms and other plugins say of themselves (names with a slash) last.
+    them and what transforms and other plugins say of themselves (names with a slash) last. Of these,
+    ``plugin/chart:series`` names a line of a chart that several share.
 
     Example:
         >>> points = [(1, 2.0), (2, 1.0)]
@@ -100,6 +102,8 @@ def charts(metrics: Mapping[str, Sequence[tuple[int, float]]], summary: Mapping[
             base, label = "learning_rate", match[1] or ""
         elif fork := re.fullmatch(r"(.+)_(step|epoch)", base):  # what Lightning makes of on_step with on_epoch
             base, label = fork[1], f"{label} ({fork[2]})"
+        elif line := _SHARED.fullmatch(base):
+            base, label = line[1], line[2].replace("_", " ")
         kept = [(step, value) for step, value in points if math.isfinite(value)]
         if kept:
             steps, values = np.array([p[0] for p in kept]), np.array([p[1] for p in kept], dtype=float)

@@ -63,12 +63,18 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
         optimizer=optimizer,
         schedule=schedule,
         transforms=transforms,
+        batching=_make_one(resolved, "batching"),
         callbacks=[make(resolved, each) for each in resolved.chosen.get("callback", ())],
         metrics={each.name: make(resolved, each) for each in resolved.chosen.get("metric", ())},
         loggers=[_logger_factory(resolved, each) for each in resolved.chosen.get("logger", ())],
+        names={
+            resolved.object(each): each.name.rpartition(".")[2]
+            for chosen in resolved.chosen.values()
+            for each in chosen
+        },
         method_traits=tuple(
             traits_of(resolved.object(each), each.options)
-            for kind in ("optimizer", "transform")
+            for kind in ("optimizer", "transform", "schedule", "batching")
             for each in resolved.chosen.get(kind, ())
         ),
         game=game,
@@ -241,7 +247,7 @@ def _rebuild(resolved: Resolved, model: Chosen, **changes: Any) -> nn.Module:
 
 
 Factory = Callable[[LightningModule], Optimizer]
-ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+ScheduleFactory = Callable[..., LRScheduler]
 
 
 def _factories(
@@ -249,7 +255,7 @@ def _factories(
 ) -> tuple[Factory | None, ScheduleFactory | None]:
     """How the optimizer and the schedule will be made; ``None`` for what the task does itself."""
     optimizer, schedule = resolved.one("optimizer"), resolved.one("schedule")
-    methods = [*resolved.chosen.get("optimizer", ()), *resolved.chosen.get("transform", ())]
+    methods = [each for kind in ("optimizer", "transform", "batching") for each in resolved.chosen.get(kind, ())]
     has_own = type(task).configure_optimizers is not LightningModule.configure_optimizers
     if has_own and not any(each.explicit for each in methods) and not (schedule and schedule.explicit):
         notes.append("optimizer: the task's own configure_optimizers; choose one with +optimizer=NAME")
@@ -275,8 +281,11 @@ def _factories(
     if schedule is None:
         return make_optimizer, None
     target = resolved.object(schedule)
-    options = options_of(target, schedule, {})
-    return make_optimizer, lambda opt, total_steps: call(target, schedule, options, opt, total_steps)
+
+    def make_schedule(opt: Optimizer, total_steps: int, **known: Any) -> LRScheduler:
+        return call(target, schedule, options_of(target, schedule, known), opt, total_steps)
+
+    return make_optimizer, make_schedule
 
 
 class _Probe(LightningModule):

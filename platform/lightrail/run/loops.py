@@ -7,17 +7,21 @@ Lightning's own hooks all lie to one side or the other of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
+from lightrail.errors import CompositionError
+from lightrail.run.clock import Horizon
+from lightrail.run.windows import Windows
 from lightrail.step.players import Game
 from lightrail.step.randomness import RandomState
 from lightrail.step.window import WindowLoop
@@ -25,7 +29,15 @@ from lightrail.step.window import WindowLoop
 __all__ = ["EpochLoop", "FitLoop", "install_loops"]
 
 
-def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool, game: Game | None = None) -> EpochLoop:
+def install_loops(
+    trainer: Trainer,
+    *,
+    window: bool,
+    skips_non_finite: bool,
+    game: Game | None = None,
+    windows: Windows | None = None,
+    max_samples: int | None = None,
+) -> EpochLoop:
     """Puts our loops in the place of Lightning's.
 
     Args:
@@ -33,6 +45,8 @@ def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool, gam
         window: Whether a method needs the accumulation window.
         skips_non_finite: Whether a non-finite loss skips its update; asks for the window.
         game: The players, where the task has several; asks for the window.
+        windows: Who cuts the data, where steps differ in size; asks for the window.
+        max_samples: The horizon in samples, where it is given so.
 
     Returns:
         The epoch loop, whose ``at_boundary`` is to be set.
@@ -40,8 +54,12 @@ def install_loops(trainer: Trainer, *, window: bool, skips_non_finite: bool, gam
     old = trainer.fit_loop
     fit_loop = FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
     epoch_loop = EpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+    fit_loop.windows = epoch_loop.windows = windows
+    fit_loop.max_samples = max_samples
     if window:
-        epoch_loop.automatic_optimization = WindowLoop(trainer, skips_non_finite=skips_non_finite, game=game)
+        loop = WindowLoop(trainer, skips_non_finite=skips_non_finite, game=game)
+        loop.windows = windows
+        epoch_loop.automatic_optimization = loop
     fit_loop.epoch_loop = epoch_loop
     trainer.fit_loop = fit_loop
     return epoch_loop
@@ -57,32 +75,110 @@ class PositionedLoader(CombinedLoader):
         return super().__iter__()
 
 
+class _WindowFetcher(_PrefetchDataFetcher):
+    """Fetches nothing ahead: the size of the next batch may depend on this one, and the windows know which is last."""
+
+    def __init__(self, windows: Windows) -> None:
+        super().__init__(prefetch_batches=0)
+        self._windows = windows
+
+    def __next__(self) -> Any:
+        if self.done:
+            raise StopIteration
+        batch = super().__next__()
+        self.done = self._windows.epoch_is_over
+        return batch
+
+
 class _PositionedSource:
     """Where the training loader comes from, with the loader made a :class:`PositionedLoader`."""
 
-    def __init__(self, source: _DataLoaderSource) -> None:
+    def __init__(self, source: _DataLoaderSource, trainer: Trainer, windows: Windows | None) -> None:
         self._source = source
+        self._trainer = trainer
+        self._windows = windows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
     def dataloader(self) -> PositionedLoader:
-        loader = self._source.dataloader()
+        loader: Any = self._source.dataloader()
+        if self._windows is not None:
+            loader = self._windows.take(loader, self._trainer.global_rank, self._trainer.world_size)
         if isinstance(loader, CombinedLoader):
             return PositionedLoader(loader.iterables, mode=cast(Any, loader._mode))
         return PositionedLoader(loader, "max_size_cycle")
 
 
 class FitLoop(_FitLoop):
-    """Lightning's fit loop, over loaders whose position can be saved."""
+    """Lightning's fit loop, over loaders whose position can be saved, to a horizon that may be given in samples."""
+
+    windows: Windows | None = None
+    max_samples: int | None = None
 
     def setup_data(self) -> None:
         source = self._data_source
-        self._data_source = _PositionedSource(source)  # type: ignore[assignment]
+        self._data_source = _PositionedSource(source, self.trainer, self.windows)  # type: ignore[assignment]
+        before = self._combined_loader
         try:
             super().setup_data()
         finally:
             self._data_source = source
+        if self._combined_loader is None or self._combined_loader is before:
+            return
+        if self.windows is not None:
+            self.windows.is_open = True
+            self._data_fetcher = _WindowFetcher(self.windows)
+            self._data_fetcher.setup(self._combined_loader)
+            iter(self._data_fetcher)
+        elif self.max_samples is not None:
+            steps = math.ceil(self.max_samples / _batch_size(self.trainer, self._combined_loader))
+            self.epoch_loop.max_steps = steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+    @property
+    def done(self) -> bool:
+        return super().done or (self.windows is not None and self.windows.is_done)
+
+    def batch_size(self) -> int | None:
+        """Samples in an optimizer step, over all ranks and micro-batches; ``None`` where the loader does not say."""
+        if self.windows is not None:
+            return self.windows.base
+        return None if self._combined_loader is None else _size_of(self.trainer, self._combined_loader)
+
+    def horizon(self, scales_with_gradient: bool) -> Horizon | None:
+        """Where the run ends; ``None`` where nothing says.
+
+        Args:
+            scales_with_gradient: Of the optimizer, for a batching.
+        """
+        trainer = self.trainer
+        self.setup_data()
+        if self.windows is None:
+            steps = trainer.estimated_stepping_batches
+            return None if math.isinf(steps) else Horizon(int(steps), self.batch_size())
+        epochs = self.max_epochs if self.max_steps == -1 and self.max_epochs not in (None, -1) else None
+        extent = self.windows.begin(epochs, scales_with_gradient)
+        if extent.total_samples is not None:
+            return Horizon(max(1, extent.total_samples // extent.batch_size), extent.batch_size)
+        return None if self.max_steps == -1 else Horizon(self.max_steps, extent.batch_size)
+
+
+def _size_of(trainer: Trainer, loader: CombinedLoader) -> int | None:
+    first = loader.flattened[0] if loader.flattened else None
+    size = getattr(first, "batch_size", None) or getattr(getattr(first, "batch_sampler", None), "batch_size", None)
+    return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
+
+
+def _batch_size(trainer: Trainer, loader: CombinedLoader) -> int:
+    size = _size_of(trainer, loader)
+    if size is None:
+        raise CompositionError(
+            "the horizon is given in samples, and the training loader does not say how many a batch has",
+            found=f"trainer.max_samples, with a {type(loader.flattened[0]).__name__} that has no batch_size",
+            allowed="a torch DataLoader with batch_size",
+            remedy="Give the horizon as trainer.max_steps or trainer.max_epochs.",
+        )
+    return size
 
 
 class EpochLoop(_TrainingEpochLoop):
@@ -96,7 +192,22 @@ class EpochLoop(_TrainingEpochLoop):
 
     at_boundary: Callable[[], None] | None = None
     at_horizon: Callable[[], None] | None = None
+    windows: Windows | None = None
     _position: dict[str, Any] | None = None
+
+    @property
+    def window_is_closed(self) -> bool:
+        """Whether no gradients of a step that is still to be made are waiting."""
+        if self.windows is not None:
+            return self.windows.window_is_closed or not self.batch_progress.current.ready
+        return self.batch_progress.current.ready % self.trainer.accumulate_grad_batches == 0
+
+    @property
+    def _is_training_done(self) -> bool:
+        return super()._is_training_done or (self.windows is not None and self.windows.is_done)
+
+    def _accumulated_batches_reached(self) -> bool:
+        return super()._accumulated_batches_reached() if self.windows is None else self.windows.window_is_closed
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         resumed = self._resuming_from_checkpoint
@@ -135,6 +246,8 @@ class EpochLoop(_TrainingEpochLoop):
         return {
             "random": RandomState.capture().state_dict(),
             "random_at_start": None if started is None else started.state_dict(),
+            "epoch_is_open": epoch_is_open,
+            "windows": None if self.windows is None else self.windows.position(),
         }
 
     def set_position(self, position: dict[str, Any]) -> None:
@@ -146,7 +259,11 @@ class EpochLoop(_TrainingEpochLoop):
         if position is None:
             return
         random = RandomState.from_state_dict(position["random"])
-        if _is_stateful(data_fetcher.combined_loader):
+        if self.windows is not None and position["windows"] is not None:
+            self.windows.go_to(position["windows"], epoch_is_open=position["epoch_is_open"])
+            random.restore()
+            iter(data_fetcher)
+        elif _is_stateful(data_fetcher.combined_loader):
             random.restore()
         elif position["random_at_start"] is None:
             random.restore()

@@ -22,7 +22,7 @@ from lightrail.run.logged_state import load_logged_state, logged_state
 from lightrail.run.loops import EpochLoop
 from lightrail.run.progress import Progress
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
-from lightrail.step.transform import TransformedOptimizer, has_evaluation_point
+from lightrail.step.transform import has_evaluation_point
 
 __all__ = ["Observation"]
 
@@ -53,6 +53,8 @@ class Observation(Callback):
         self.best: dict[str, Any] | None = None
         self.evaluated: dict[str, float] = {}
         self.on_setup: Callable[[], None] | None = None
+        # Whatever of the run may have figures of its own to log, by the name that its columns begin with.
+        self.speakers: dict[str, Any] = {}
         self.steps = 0
         self._lock = lock
         self._interruption = interruption
@@ -70,10 +72,11 @@ class Observation(Callback):
         self._trainer = trainer
         self._loop = loop
         self._is_alone = trainer.world_size == 1
-        self._accumulate = trainer.accumulate_grad_batches
+        self._windows = loop.windows
         self._log_every: int = trainer.log_every_n_steps or 50  # type: ignore[attr-defined]
         on_cpu = trainer.strategy.root_device.type == "cpu"
-        self.training = TrainingMetrics(checks_each=on_cpu, accumulate=trainer.accumulate_grad_batches)
+        accumulate = 1 if loop.windows is not None else trainer.accumulate_grad_batches
+        self.training = TrainingMetrics(checks_each=on_cpu, accumulate=accumulate)
         loop.at_boundary = self.at_boundary
         loop.at_horizon = self.at_horizon
 
@@ -90,6 +93,8 @@ class Observation(Callback):
     ) -> None:
         loop = self._loop
         steps = loop.global_step
+        if self._windows is not None and outputs:
+            outputs = {**outputs, "loss": outputs["loss"] * self._windows.count}
         bad = self.training.add(outputs, steps)
         if bad is not None and not self._skips_non_finite:
             self._bad = self._bad or (steps, bad)
@@ -99,7 +104,7 @@ class Observation(Callback):
             self._carried = load_logged_state(trainer, self._carried)
         if steps != self.steps:
             self.steps = steps
-            self._progress.to_step(steps)
+            self._progress.to_step(steps if self._windows is None else self._windows.samples)
             if steps % self._log_every == 0:
                 self._log(trainer)
 
@@ -115,10 +120,10 @@ class Observation(Callback):
             # A metric's own state is there from the start; what `self.log` gathers appears with its first call.
             self._carried = load_logged_state(trainer, self._carried)
         self._move_to_training_point(trainer)
-        total = trainer.estimated_stepping_batches
         self._progress = Progress(
-            total=None if math.isinf(total) else int(total),
-            first=self.steps,
+            total=self._total(trainer),
+            first=self.steps if self._windows is None else self._windows.samples,
+            unit="steps" if self._windows is None else "samples",
             epochs=trainer.max_epochs if trainer.max_epochs and trainer.max_steps == -1 else None,
             enabled=self._shows_progress and trainer.is_global_zero,
         )
@@ -178,7 +183,7 @@ class Observation(Callback):
         if not self._is_alone:
             signal_number = self._agreed(signal_number or 0)
             self._stop_if_not_finite()
-        if self._loop.batch_progress.current.ready % self._accumulate:
+        if not self._loop.window_is_closed:
             return  # gradients of half a window are not saved: the step ends first
         steps = self.steps
         if signal_number:
@@ -248,6 +253,26 @@ class Observation(Callback):
 
     # The parts.
 
+    def _total(self, trainer: Trainer) -> int | None:
+        """Where progress ends, in steps, or in samples where steps differ in size."""
+        windows = self._windows
+        if windows is None:
+            steps = trainer.estimated_stepping_batches
+            return None if math.isinf(steps) else int(steps)
+        by_epochs = trainer.max_epochs * windows.data_size if trainer.max_epochs and trainer.max_epochs > 0 else None
+        bounds = [bound for bound in (by_epochs, windows.total_samples) if bound is not None]
+        return min(bounds) if bounds and trainer.max_steps == -1 else None
+
+    def _figures(self) -> dict[str, float]:
+        """What the methods, the schedule, the batching and the callbacks say of themselves."""
+        figures: dict[str, float] = {}
+        if self._windows is not None:
+            figures = {"batch_size": self._windows.batch_size, "samples": self._windows.samples}
+        for name, speaker in self.speakers.items():
+            if hasattr(speaker, "logged"):
+                figures.update({f"{name}/{figure}": value for figure, value in speaker.logged().items()})
+        return figures
+
     def _log(self, trainer: Trainer) -> None:
         self._look_for_non_finite()
         metrics = self.training.flush(trainer)
@@ -255,7 +280,7 @@ class Observation(Callback):
             return
         self._progress.show(metrics)
         if trainer.is_global_zero:
-            metrics = {**metrics, "epoch": trainer.current_epoch, **_learning_rates(trainer), **_figures(trainer)}
+            metrics = {**metrics, "epoch": trainer.current_epoch, **_learning_rates(trainer), **self._figures()}
             step = self._loop._batches_that_stepped
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step)
@@ -303,19 +328,6 @@ def _learning_rates(trainer: Trainer) -> dict[str, float]:
     rates = {f"lr_{i}" if i else "lr": float(group["lr"]) for i, group in enumerate(groups) if "lr" in group}
     # Groups that share one rate share one curve.
     return rates if len(set(rates.values())) > 1 else dict(list(rates.items())[:1])
-
-
-def _figures(trainer: Trainer) -> dict[str, float]:
-    optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
-    methods: list[Any] = [optimizer]
-    if isinstance(optimizer, TransformedOptimizer):
-        methods = [optimizer.optimizer, *optimizer.transforms]
-    return {
-        f"{type(method).__name__.lower()}_{name}": value
-        for method in methods
-        if callable(getattr(method, "logged", None))
-        for name, value in method.logged().items()
-    }
 
 
 def _gather(trainer: Trainer, value: Any) -> list[Any]:

@@ -28,13 +28,16 @@ class Progress:
     """The progress of a run on standard error.
 
     Args:
-        total: Optimizer steps until the horizon; ``None`` where it is not known.
-        first: Steps done before, by the run that is resumed.
+        total: Optimizer steps (or samples) until the horizon; ``None`` where it is not known.
+        first: Those done before, by the run that is resumed.
         epochs: Epochs until the horizon; ``None`` where it is not known.
+        unit: What is counted: ``steps``, or ``samples`` where steps differ in size.
         enabled: ``False`` for silence (another rank, a notebook that wants none).
     """
 
-    def __init__(self, total: int | None, first: int, epochs: int | None, enabled: bool = True) -> None:
+    def __init__(
+        self, total: int | None, first: int, epochs: int | None, enabled: bool = True, unit: str = "steps"
+    ) -> None:
         self._epochs = epochs
         self._epoch = 0
         self._metrics: dict[str, float] = {}
@@ -47,7 +50,7 @@ class Progress:
             _Bar(
                 total=total,
                 initial=first,
-                unit=" steps",
+                unit=f" {unit}",
                 dynamic_ncols=True,
                 leave=False,
                 mininterval=_SHOWN_SECONDS,

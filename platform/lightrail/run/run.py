@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrail.configuration import Composition
 from lightrail.run.resume import Resumed
+from lightrail.step.batching import Batching
 from lightrail.step.players import Game
 from lightrail.step.transform import Transform
 from lightrail.traits import Traits
@@ -49,12 +50,15 @@ class Run:
         task: The LightningModule, with its weights drawn.
         data: The data module; ``None`` where the task has its own loaders.
         optimizer: Makes the optimizer of a task; ``None`` where the task configures its own.
-        schedule: Makes the schedule from the optimizer and the number of steps; ``None`` for none.
+        schedule: Makes the schedule from the optimizer, the number of steps and, by name, what a schedule may ask for
+            (``folder``, ``batch_size``); ``None`` for none.
         transforms: Between the gradient and the update, in order.
+        batching: How much data goes into a step over time; ``None`` for always the same.
         callbacks: Lightning's own.
         metrics: torchmetrics that are added to validation and test, by name.
         loggers: Each makes a logger from the path of the run folder.
-        method_traits: The traits of the optimizer and the transforms.
+        names: The names of the plugins by their class, under which what they log stands.
+        method_traits: The traits of the optimizer, the transforms, the schedule and the batching.
         game: The players, where the task has several.
         trainer: The ``trainer`` group of the configuration.
         resumed: The run that this one continues.
@@ -65,11 +69,13 @@ class Run:
     task: LightningModule
     data: LightningDataModule | None
     optimizer: Callable[[LightningModule], Optimizer] | None
-    schedule: Callable[[Optimizer, int], LRScheduler] | None
+    schedule: Callable[..., LRScheduler] | None
     transforms: Sequence[Transform] = ()
+    batching: Batching | None = None
     callbacks: Sequence[Callback] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     loggers: Sequence[Callable[[str], Logger]] = ()
+    names: Mapping[Any, str] = field(default_factory=dict)
     method_traits: Sequence[Traits] = ()
     game: Game | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)

@@ -36,6 +36,8 @@ QUESTIONS = (
     "objectives",
     "outputs",
     "output_loss",
+    "batch_sizes",
+    "window_size",
     "num_samples",
 )
 

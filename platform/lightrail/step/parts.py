@@ -238,6 +238,28 @@ class PartsOfTheBatch(Evaluation):
         """
         return self._required(self._output_loss_fn, "output_loss", "output_loss(outputs, batch)")(outputs, batch)
 
+    def batch_sizes(self) -> list[int]:
+        """Samples of each micro-batch of this rank: the length of its leading axis.
+
+        Raises:
+            ClosureError: No batch was given to count in.
+        """
+        sizes = [leading_size(batch) or 0 for batch in self._batches]
+        if not all(sizes):
+            raise ClosureError(
+                "the closure cannot count the samples of a micro-batch",
+                found="a loss function that closes over its batch, or an empty batch",
+                allowed="lightrail.Closure(loss_fn, params, batch)",
+                remedy="Pass the batch to lightrail.Closure.",
+            )
+        return sizes
+
+    def window_size(self) -> int:
+        """Samples of the whole window, over all ranks."""
+        total = torch.tensor([float(sum(self.batch_sizes()))], dtype=torch.float64, device=self.params[0].device)
+        self._average([total])
+        return round(float(total) * self._world_size)
+
     def num_samples(self) -> int:
         """How many terms the mean loss has, over the whole window and all ranks.
 

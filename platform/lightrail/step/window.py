@@ -170,10 +170,16 @@ class WindowLoop(_AutomaticOptimization):
         self._skips_non_finite = skips_non_finite
         self._window: WindowClosure | None = None
         self._statistics: Statistics | None = None
+        # Who says how many micro-batches a step has, where that changes.
+        self.windows: Any = None
         self.skipped_updates = 0
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         assert isinstance(optimizer, TransformedOptimizer)
+        if self.windows is not None:
+            self.trainer.accumulate_grad_batches = self.windows.count
+            # Lightning zeroes gradients where this index is a multiple of the number of micro-batches.
+            batch_idx = 0 if self._window is None else 1
         closure = self._make_closure(kwargs, optimizer, batch_idx)
         strategy = self.trainer.strategy
         if self._window is None:
@@ -196,6 +202,8 @@ class WindowLoop(_AutomaticOptimization):
     def _step(self, optimizer: TransformedOptimizer, batch_idx: int) -> None:
         trainer = self.trainer
         assert self._window is not None
+        if self.windows is not None and self.windows.before_step is not None:
+            self.windows.before_step()
         optimizer.window = self._window
         optimizer.finish = partial(trainer.precision_plugin._after_closure, trainer.lightning_module, optimizer)
         try:
@@ -208,6 +216,8 @@ class WindowLoop(_AutomaticOptimization):
         finally:
             optimizer.window = optimizer.finish = None
             self._window = None
+        if self.windows is not None:
+            self.windows.close_window()
 
 
 @contextmanager

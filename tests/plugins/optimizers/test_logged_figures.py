@@ -24,6 +24,6 @@ def test_figures_of_the_optimizer_and_of_its_transforms_become_columns(tmp_path:
     result = run.execute()
     with open(result.folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {float(row["smb_model_step"]) for row in rows if row["smb_model_step"]} <= {0.0, 1.0}
-    assert any(row["smb_model_step"] for row in rows)
-    assert any(name.startswith("clipnorm_") for name in rows[0])
+    assert {float(row["smb/model_step"]) for row in rows if row["smb/model_step"]} <= {0.0, 1.0}
+    assert any(row["smb/model_step"] for row in rows)
+    assert any(name.startswith("clip_norm/") for name in rows[0])

@@ -1,0 +1,1 @@
+"""Batchings: how much data goes into a step over time."""
