@@ -127,10 +127,8 @@ class FitLoop(_FitLoop):
         if self._combined_loader is None or self._combined_loader is before:
             return
         if self.windows is not None:
-            self.windows.is_open = True
             self._data_fetcher = _WindowFetcher(self.windows)
             self._data_fetcher.setup(self._combined_loader)
-            iter(self._data_fetcher)
         elif self.max_samples is not None:
             steps = math.ceil(self.max_samples / _batch_size(self.trainer, self._combined_loader))
             self.epoch_loop.max_steps = steps if self.max_steps == -1 else min(steps, self.max_steps)
@@ -158,6 +156,8 @@ class FitLoop(_FitLoop):
             return None if math.isinf(steps) else Horizon(int(steps), self.batch_size())
         epochs = self.max_epochs if self.max_steps == -1 and self.max_epochs not in (None, -1) else None
         extent = self.windows.begin(epochs, scales_with_gradient)
+        assert self._data_fetcher is not None
+        iter(self._data_fetcher)
         if extent.total_samples is not None:
             return Horizon(max(1, extent.total_samples // extent.batch_size), extent.batch_size)
         return None if self.max_steps == -1 else Horizon(self.max_steps, extent.batch_size)

@@ -55,11 +55,12 @@ def resolve(composition: Composition) -> Resolved:
     methods = [
         (each, traits_of(objects[each.path], each.options))
         for each in chosen
-        if each.kind in ("optimizer", "transform")
+        if each.kind in ("optimizer", "transform", "schedule", "batching")
     ]
     _check_precision(methods, str(trainer.precision))
     _check_sharding(methods, str(trainer.get("strategy", "auto")))
     _check_devices(trainer)
+    _check_batching(chosen, trainer)
     _check_evaluation_points(methods)
     task = next((each for each in chosen if each.kind == "task"), None)
     if task is None:
@@ -79,7 +80,8 @@ def resolve(composition: Composition) -> Resolved:
 
 def _check_precision(methods: Sequence[tuple[Chosen, Traits]], precision: str) -> None:
     for chosen, traits in methods:
-        if traits.evaluates_again and precision in ("16-mixed", "16"):
+        asks = traits.evaluates_again or traits.watches_gradient or chosen.kind == "batching"
+        if asks and precision in ("16-mixed", "16"):
             raise CompositionError(
                 f"{chosen.kind} '{chosen.name}' cannot work at precision 16-mixed",
                 found=f"trainer.precision={precision}: the gradient is scaled and evaluated once, before the step",
@@ -97,6 +99,19 @@ def _check_sharding(methods: Sequence[tuple[Chosen, Traits]], strategy: str) -> 
                 allowed="trainer.strategy=ddp, or one device",
                 remedy="Use trainer=ddp, or an elementwise method.",
             )
+
+
+def _check_batching(chosen: Sequence[Chosen], trainer: Any) -> None:
+    """A share of the batches means nothing where their number and size change."""
+    batching = next((each for each in chosen if each.kind == "batching"), None)
+    limit = trainer.get("limit_train_batches", 1.0)
+    if batching is not None and limit not in (None, 1.0):
+        raise CompositionError(
+            f"batching '{batching.name}' decides how many batches there are",
+            found=f"trainer.limit_train_batches={limit}",
+            allowed="a horizon in samples",
+            remedy="Use trainer.max_samples=N in place of trainer.limit_train_batches.",
+        )
 
 
 def _check_evaluation_points(methods: Sequence[tuple[Chosen, Traits]]) -> None:

@@ -100,6 +100,7 @@ class Windows:
         by_epochs = None if epochs is None else epochs * self.data_size
         bounds = [bound for bound in (by_epochs, self.total_samples) if bound is not None]
         self.counts_steps = not bounds
+        self.is_open = True
         extent = Extent(self.data_size, self.base, min(bounds) if bounds else None, scales_with_gradient)
         self.batching.begin(extent)
         return extent
@@ -151,9 +152,8 @@ class Windows:
             self._sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._pass() if self.is_open else iter(())
-
-    def _pass(self) -> Iterator[Any]:
+        if not self.is_open:
+            return iter(())
         resumed, self._resumed = self._resumed, None
         outside = RandomState.capture()
         if resumed is not None:
@@ -162,12 +162,16 @@ class Windows:
         order = torch.tensor(list(self._sampler), dtype=torch.int64)
         self._done_in_epoch = resumed["done"] if resumed else 0
         self._open_in_epoch = 0
+        self._current = None
         self._drawn.clear()
         self._planned = deque(_micro_batch(*each) for each in resumed["decided"]) if resumed else deque()
         iterator = iter(self._reloaded(self._draw(order, self._done_in_epoch)))
         if resumed is not None:
             outside.restore()  # all of this was drawn before the run was stopped
-        for batch in iterator:
+        return self._counted(iterator)
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
             self._current = current = self._drawn.popleft()
             self._open_in_epoch += leading_size(batch) or current.size
             self._measure_memory(current.size)

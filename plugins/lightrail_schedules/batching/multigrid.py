@@ -206,7 +206,7 @@ class Multigrid(Batching):
         self.scale_lr = scale_lr
         self._plan = long_cycles(starts, 1.0, VIDEOS if video else IMAGES, short_cycle)
         self._extent: Extent | None = None
-        self._grid = self._plan[-1].grids[-1]
+        self._shape = (1.0, 1.0)
 
     def begin(self, extent: Extent) -> None:
         if extent.total_samples is None:
@@ -227,7 +227,7 @@ class Multigrid(Batching):
         assert self._extent.total_samples is not None
         share = samples / self._extent.total_samples
         stage = next((each for each in self._plan if share < each.until), self._plan[-1])
-        self._grid = grid = stage.grids[step % len(stage.grids)]
+        grid = stage.grids[step % len(stage.grids)]
         factor = stage.grids[-1].batch if self.scale_lr else 1.0
         return Portion(self._samples(grid.batch, self._extent), (grid.time, grid.space), factor)
 
@@ -236,7 +236,7 @@ class Multigrid(Batching):
         return max(1, round(factor * extent.batch_size))
 
     def reshape(self, batch: Any, shape: tuple[float, ...]) -> Any:
-        time, space = shape
+        self._shape = time, space = shape[0], shape[1]
         axes = 5 if self.video else 4
         leaves, structure = pytree.tree_flatten(batch)
         where = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()), None)
@@ -256,4 +256,4 @@ class Multigrid(Batching):
         return pytree.tree_unflatten(leaves, structure)
 
     def logged(self) -> dict[str, float]:
-        return {"side": self._grid.space, **({"frames": self._grid.time} if self.video else {})}
+        return {"side": self._shape[1], **({"frames": self._shape[0]} if self.video else {})}
