@@ -20,7 +20,8 @@ class Claim:
 
     Args:
         sentence: The promise, in one line.
-        baseline: The method of the same kind that it is compared with.
+        baseline: The method of the same kind that it is compared with; for a transform the optimizer behind it, which
+            is also the baseline when it is alone; a callback is compared with the run without it.
         margin: By how much, relative to the baseline's, the final loss may be higher and the promise kept: 0 where the
             promise is a lower loss, 0.02 where it is to be as good.
         steps: Where the promise is speed: the share of the baseline's passes after which its final loss is reached.

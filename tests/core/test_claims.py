@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightrail.bench.claims import measure
 from lightrail.bench.claims.document import Document
+from lightrail.bench.claims.outcome import Trial
 from lightrail.bench.claims.problem import CountedClosure
 from lightrail.bench.claims.record import Measured, read_record, write_record
-from lightrail.bench.claims.trial import Trial, run_trial
+from lightrail.bench.claims.trial import run_trial
 from lightrail.bench.claims.tuning import search
 from lightrail.bench.claims.verdict import compare, verdict
 from lightrail.traits import Claim

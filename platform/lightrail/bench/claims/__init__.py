@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import hashlib
 import inspect
 import math
@@ -12,23 +13,23 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lightrail.bench.claims.document import Document
-from lightrail.bench.claims.problem import CountedClosure, Problem, TaskProblem
+from lightrail.bench.claims.outcome import Trial
+from lightrail.bench.claims.pairs import pair
+from lightrail.bench.claims.problem import CountedClosure, Problem, RunProblem, TaskProblem
 from lightrail.bench.claims.record import Measured, read_record, write_record
-from lightrail.bench.claims.trial import Trial
 from lightrail.catalogue import available, load
 from lightrail.errors import PluginError, UserError
 from lightrail.options import at_least, one_of
 from lightrail.traits import Claim, traits_of
 
-__all__ = ["CountedClosure", "Problem", "TaskProblem", "add_arguments", "measure"]
+__all__ = ["CountedClosure", "Problem", "RunProblem", "TaskProblem", "add_arguments", "measure"]
 
-_KINDS = ("optimizer", "transform")
+_KINDS = ("optimizer", "transform", "callback", "batching")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,17 +102,19 @@ def _wanted(kind: str, only: Sequence[str]) -> list[Measured]:
     wanted: dict[str, Measured] = {}
     for name, claim in methods.items():
         for problem in claim.problems:
-            for method, options in ((name, claim.options), (claim.baseline, claim.baseline_options)):
-                each = _unmeasured(kind, problem, method, options)
+            for each in pair(kind, problem, name, claim):
+                each = dataclasses.replace(each, source=_digest(each))
                 wanted[each.key] = each
     return list(wanted.values())
 
 
-def _unmeasured(kind: str, problem: str, name: str, options: Mapping[str, Any]) -> Measured:
-    # A record is of this code: another one must be measured again.
-    code = "".join(code_of(sys.modules[load(*each).__module__]) for each in ((kind, name), ("problem", problem)))
-    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-    return Measured(kind, problem, name, dict(options), digest)
+def _digest(each: Measured) -> str:
+    """A record is of this code: another one must be measured again."""
+    names = [(each.kind, each.method), ("problem", each.problem)]
+    if each.behind:
+        names.append(("optimizer", each.behind["optimizer"]))
+    code = "".join(code_of(sys.modules[load(*name).__module__]) for name in names if name[1] != "none")
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def code_of(module: ModuleType) -> str:
@@ -146,7 +149,7 @@ def _measure(each: Measured, trials: int, seeds: int) -> Measured:
     from lightrail.bench.claims.tuning import search
 
     def trial(options: Mapping[str, Any], seed: int) -> Trial:
-        return run_trial(each.problem, each.kind, each.method, {**each.options, **options}, seed)
+        return run_trial(each.problem, each.kind, each.method, {**each.options, **options}, seed, each.behind)
 
     try:
         start = _first_rate(each)
@@ -158,20 +161,23 @@ def _measure(each: Measured, trials: int, seeds: int) -> Measured:
     except PluginError:
         raise
     except UserError as error:
-        return Measured(**{**asdict(each), "refused": f"{error.what}: {error.found}"})
-    return Measured(**{**asdict(each), "rate": rate, "trials": tuple(found)})
+        return dataclasses.replace(each, refused=f"{error.what}: {error.found}")
+    return dataclasses.replace(each, rate=rate, trials=tuple(found))
 
 
 def _first_rate(each: Measured) -> float | None:
     """The method's own default; none for a method whose rate is not to be tried."""
-    cls = load(each.kind, each.method)
-    if each.kind == "transform":
+    if each.tuned is False:
+        return None
+    for options in (each.options, each.behind):
+        if "lr" in options:
+            return float(options["lr"])
+    if each.kind != "optimizer":
         return 1e-3
+    cls = load(each.kind, each.method)
     traits = traits_of(cls, each.options)
-    tuned = traits.claim.tuned if traits.claim is not None else None
+    tuned = each.tuned if traits.claim is None or each.tuned is not None else traits.claim.tuned
     if not (not traits.sets_step_size if tuned is None else tuned):
         return None
-    if "lr" in each.options:
-        return float(each.options["lr"])
     default = inspect.signature(cls).parameters["lr"].default
     return float(default) if isinstance(default, int | float) and math.isfinite(default) and default > 0 else 1e-3

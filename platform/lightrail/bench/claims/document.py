@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from lightrail.bench.claims.pairs import pair
 from lightrail.bench.claims.problem import Problem
 from lightrail.bench.claims.record import Measured
 from lightrail.bench.claims.verdict import Comparison, compare, verdict
@@ -49,11 +50,15 @@ class Document:
             rows.sort(key=lambda row: row.measured.mean if row.measured.trials else math.inf)
 
     def _row(self, measured: Measured, record: Iterable[Measured]) -> Row:
-        claim = traits_of(load(self.kind, measured.method)).claim
-        if claim is None or dict(measured.options) != dict(claim.options):  # it is there for others to be beside
+        own = measured.kind == self.kind and measured.method != "none"
+        claim = traits_of(load(self.kind, measured.method)).claim if own else None
+        if claim is None:
             return Row(measured, Claim(sentence=""), None, "")
-        name = (measured.problem, claim.baseline, dict(claim.baseline_options))
-        baseline = next((each for each in record if (each.problem, each.method, dict(each.options)) == name), None)
+        mine, theirs = pair(self.kind, measured.problem, measured.method, claim)
+        if measured.key.partition("@")[0] != mine.key.partition("@")[0]:  # it is there for others to be beside
+            return Row(measured, Claim(sentence=""), None, "")
+        name = theirs.key.partition("@")[0]
+        baseline = next((each for each in record if each.key.partition("@")[0] == name), None)
         if measured.refused or baseline is None or not baseline.trials:
             return Row(measured, claim, None, f"does not apply: {measured.refused}" if measured.refused else "")
         problem: type[Problem] = load("problem", measured.problem)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import csv
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightrail.bench.claims.outcome import Trial
+from lightrail.errors import NonFiniteLoss
+from lightrail.kinds import KINDS
+from lightrail.run import compose
 from lightrail.step import Closure
 
-__all__ = ["CountedClosure", "Problem", "TaskProblem"]
+__all__ = ["CountedClosure", "Problem", "RunProblem", "TaskProblem"]
 
 
 class CountedClosure(Closure):
@@ -53,6 +60,12 @@ class Problem:
 
     passes: ClassVar[int] = 300
     merit_name: ClassVar[str] = "loss"
+    module: nn.Module | None = None  # for transforms that must see it
+
+    @classmethod
+    def outcome(cls, merits: Sequence[float]) -> float | None:
+        """What is compared of a trial's merits, lower is better; ``None`` for the last of them."""
+        return None
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The parameters, by name."""
@@ -83,7 +96,7 @@ class TaskProblem(Problem):
     merit_name = "validation loss"
 
     def __init__(self, task: LightningModule, data: LightningDataModule, validation_batches: int = 16) -> None:
-        self.task = task
+        self.task = self.module = task
         self._data = data
         data.setup("fit")
         self._batches = self._endless()
@@ -120,3 +133,47 @@ class TaskProblem(Problem):
         losses = [float(task.training_step(batch, 0)["loss"]) for batch in self._validation]
         task.train()
         return sum(losses) / len(losses)
+
+
+class RunProblem(Problem):
+    """A problem for what works on whole runs, callbacks and batchings: each trial is a run of ``train``.
+
+    Its merits are those of the validations; ``passes`` are the optimizer steps that the baseline makes.
+
+    Args:
+        overrides: The command line of the run.
+        metric: What is compared, a column of ``metrics.csv``, lower is better.
+    """
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    metric: ClassVar[str] = "val_loss"
+    merit_name: ClassVar[str] = "validation loss"
+
+    @classmethod
+    def run(cls, kind: str, method: str, options: Mapping[str, Any], seed: int) -> Trial:
+        """One run.
+
+        Args:
+            kind: Of the method.
+            method: Its name; ``none`` for a run without one.
+            options: Its options, and the learning rate as ``lr``.
+            seed: Of the run.
+        """
+        own = {name: value for name, value in options.items() if name != "lr"}
+        chosen = [f"optimizer.lr={options['lr']}"] if "lr" in options else []
+        if method != "none":
+            is_one = not KINDS[kind].many
+            chosen.append(f"+{kind}={method}" if is_one else f"+{kind}=[{method}]")
+            path = kind if is_one else f"{kind}.{method}"
+            chosen += [f"{path}.{name}={'null' if value is None else value}" for name, value in own.items()]
+        with tempfile.TemporaryDirectory() as folder:
+            common = [f"seed={seed}", "logger=[csv]", "trainer.accelerator=cpu", f"run.root={folder}"]
+            try:
+                result = compose([*cls.overrides, *chosen, *common]).execute(show_progress=False)
+            except NonFiniteLoss:
+                return Trial((float(cls.passes),), (math.inf,))
+            with open(result.folder / "metrics.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row.get(cls.metric)]
+        steps = [float(row["step"]) + 1 for row in rows]
+        merits = [float(row[cls.metric]) for row in rows]
+        return Trial(tuple(steps), tuple(merits), cls.outcome(merits))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightrail.bench.claims.trial import Trial
+from lightrail.bench.claims.outcome import Trial
 from lightrail.files import replacing
 
 __all__ = ["Measured", "read_record", "write_record"]
@@ -28,6 +28,8 @@ class Measured:
         rate: The learning rate that the trials found; ``None`` for a method that sets its own step size.
         trials: One a seed.
         refused: Why the method could not work on the problem.
+        behind: The optimizer behind a method that is none: ``{"optimizer": name, **options}``.
+        tuned: Whether learning rates are tried; ``None`` where the method decides.
     """
 
     kind: str
@@ -38,11 +40,15 @@ class Measured:
     rate: float | None = None
     trials: tuple[Trial, ...] = ()
     refused: str = ""
+    behind: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool | None = None
 
     @property
     def key(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in sorted(self.options.items()))
-        return f"{self.kind}/{self.problem}/{self.method}({options})@{self.source}"
+        behind = "".join(f",{name}={value}" for name, value in sorted(self.behind.items()))
+        rate = "" if self.tuned is None else f",tuned={self.tuned}"
+        return f"{self.kind}/{self.problem}/{self.method}({options}{behind}{rate})@{self.source}"
 
     @property
     def mean(self) -> float:
@@ -58,7 +64,7 @@ def read_record(path: Path) -> dict[str, Measured]:
 
 
 def _measured(plain: Mapping[str, Any]) -> Measured:
-    trials = tuple(Trial(tuple(each["passes"]), tuple(each["merits"])) for each in plain["trials"])
+    trials = tuple(Trial(tuple(each["passes"]), tuple(each["merits"]), each.get("outcome")) for each in plain["trials"])
     return Measured(**{**plain, "trials": trials})
 
 
@@ -74,4 +80,6 @@ def _plain(measured: Measured) -> dict[str, Any]:
     for trial in plain["trials"]:
         for name in ("passes", "merits"):
             trial[name] = [float(f"{value:.5g}") for value in trial[name]]
-    return plain
+        if trial["outcome"] is None:
+            del trial["outcome"]
+    return {name: value for name, value in plain.items() if name not in ("behind", "tuned") or value not in ({}, None)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 
-from lightrail.bench.claims.trial import Trial
+from lightrail.bench.claims.outcome import Trial
 from lightrail.traits import Claim
 
 __all__ = ["Comparison", "compare", "verdict"]
