@@ -224,6 +224,23 @@ def test_what_is_measured_shares_axes() -> None:
     ]
 
 
+def test_series_after_a_colon_share_the_chart_of_their_plugin() -> None:
+    two = [(1, 1.0), (2, 0.5)]
+    names = ["probe/sharpness:largest", "probe/trace", "other/sharpness:largest", "probe/sharpness:stable_below",
+             "val_loss:x", "train_loss"]  # fmt: skip
+    drawn = charts(dict.fromkeys(names, two), {})
+    assert [(chart.base, [line.label for line in chart.series]) for chart in drawn] == [
+        ("loss", ["train"]),
+        ("loss:x", ["val"]),
+        ("probe/sharpness", ["largest", "stable below"]),
+        ("probe/trace", ["probe/trace"]),
+        ("other/sharpness", ["largest"]),
+    ]
+    legend = draw(drawn[2]).axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["largest", "stable below"]
+
+
 def test_the_best_point_follows_the_monitor() -> None:
     metrics = {"val_loss": [(1, 3.0), (2, 1.0), (3, 2.0)], "train_loss": [(1, 0.0), (2, 0.0)]}
     (lowest,) = charts(metrics, {"monitor": {"name": "val_loss", "mode": "min"}})

@@ -41,8 +41,8 @@ def measure(options: argparse.Namespace) -> Table:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     table = Table(
-        "time a step, 64-64-10 MLP, batch 32, one thread; an optimizer's update on the same parameters; a step behind each "
-        "transform, 1.3 M parameters, batch 128",
+        "time a step, 64-64-10 MLP, batch 32, one thread; an optimizer's update on the same parameters; a step behind "
+        "each transform, 1.3 M parameters, batch 128",
         "us",
         f"medians of {rounds} rounds; each round times {_STEPS - _WARM} steps after {_WARM} of warm-up",
     )

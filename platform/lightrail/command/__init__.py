@@ -13,6 +13,7 @@ _HELP = """\
 Usage: lightrail COMMAND
 
   plugins [NAME] [--kind KIND] [--json]  what is installed; with a name, its options, traits and paper
+  plugins SCHEDULE --plot [FILE]         the curve of a schedule
   bench NAME                             measure: `lightrail bench --help` lists the benchmarks
   completion bash|zsh|fish               a script that completes train, generate and lightrail
   --version                              the version

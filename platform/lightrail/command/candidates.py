@@ -64,7 +64,7 @@ def _of_lightrail(before: Sequence[str]) -> Iterable[str]:
     if before[-1] == "--kind":
         return KINDS
     if before[0] == "plugins":
-        return ("--json", "--kind", *{plugin.name for plugin in registered()})
+        return ("--batch-size", "--json", "--kind", "--plot", *{plugin.name for plugin in registered()})
     return ("bash", "fish", "zsh") if before[0] == "completion" else ()
 
 

@@ -87,13 +87,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; the word after ``--plot`` may be a file, the first of the options, or the name itself."""
+    """The command line; the word after ``--plot`` may be a file, but also the name or an option of the schedule."""
     options = _parser().parse_intermixed_args(list(arguments))
-    after = options.plot or ""
-    if "=" in after and not after.lower().endswith((".png", ".svg")):
-        options.plot, options.set = "", [after, *options.set]
-    elif after and options.name is None:
-        options.plot, options.name = "", after
+    words = [options.name, *options.set] if options.name is not None else []
+    if after := options.plot:
+        names = [word for word in words if "=" not in word]
+        if not after.lower().endswith((".png", ".svg")) and ("=" in after or not names):
+            options.plot, words = "", [after, *words]
+    if options.plot is not None:
+        options.name = next((word for word in words if "=" not in word), None)
+        options.set = [word for word in words if word is not options.name]
     return options
 
 

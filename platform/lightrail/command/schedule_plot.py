@@ -69,12 +69,13 @@ def plotted(
     scheduler = _built(schedules[0].name, schedule, options, batch_size)
     rates = rates_of(scheduler, TOTAL_STEPS)
     heading = " ".join([schedules[0].name, *(f"{key}={shown(value)}" for key, value in options.items())])
+    notes = [f"note: {text}" for text in getattr(scheduler, "notes", ())]
     if file:
         _save(rates, heading, Path(file), batch_size)
-        return "\n".join([f"{heading}: drawn into {file}", *getattr(scheduler, "notes", ())])
+        return "\n".join([f"{heading}: drawn into {file}", *notes])
     width = shutil.get_terminal_size((100, 24)).columns
     picture = text_picture(rates, width, batch_size)
-    return "\n".join([f"{heading}: share of the learning rate", *picture, *getattr(scheduler, "notes", ())])
+    return "\n".join([f"{heading}: share of the learning rate", *picture, *notes])
 
 
 def _options_of(plugin: Plugin, settings: Sequence[str]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def text_picture(rates: Sequence[float], width: int, batch_size: int | None = No
 
 
 def _under(ticks: Sequence[int], counts: Sequence[str]) -> str:
-    """Numbers, each in the middle under its tick, the last one flush right, and none that would touch the one before."""
+    """Numbers in the middle under their ticks, the last one flush right; one that would touch another is left out."""
     line = counts[0]
     for tick, text in zip(ticks[1:], counts[1:], strict=True):
         start = tick + 1 - len(text) if tick == ticks[-1] else tick - len(text) // 2

@@ -68,7 +68,7 @@ class Clock(LRScheduler):
         self._note = note
         self._count = 0
         self._initial = [_number(group["lr"]) for group in optimizer.param_groups]
-        self._own = list(self._initial)  # before the factor of the batching
+        self._factor = 1.0  # of the batching, in the rates as they stand
         if windows is not None:
             windows.before_step = self.answer_batch
         for text in getattr(self.scheduler, "notes", ()):
@@ -80,23 +80,27 @@ class Clock(LRScheduler):
         if windows is None:
             self._advance_to(self._count + 1)
             return
-        self._set(self._own)
+        self._multiply(1 / self._factor)
         batch_size = self.horizon.batch_size or 1
         self._advance_to(self._count + 1 if windows.counts_steps else windows.samples // batch_size)
-        self._own = [_number(group["lr"]) for group in self.optimizer.param_groups]
-        self.answer_batch()
+        self._multiply(self._factor)
 
     def answer_batch(self) -> None:
         """The learning rate as the size of the step under way asks."""
         portion = self._windows.portion if self._windows else None
-        if portion is not None:
-            self._set([rate * portion.lr_factor for rate in self._own])
+        if portion is not None and portion.lr_factor != self._factor:
+            self._multiply(portion.lr_factor / self._factor)
+            self._factor = portion.lr_factor
 
     def _advance_to(self, count: int) -> None:
         while self._count < count:
             self._count += 1
             if self.scheduler is not None:
                 self.scheduler.step()
+
+    def _multiply(self, by: float) -> None:
+        if by != 1.0:
+            self._set([by * _number(group["lr"]) for group in self.optimizer.param_groups])
 
     def _set(self, rates: list[float]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -116,7 +120,7 @@ class Clock(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         return {
             "count": self._count,
-            "own": list(self._own),
+            "factor": self._factor,
             "horizon": asdict(self.horizon),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
@@ -125,14 +129,15 @@ class Clock(LRScheduler):
         old = Horizon(**state_dict["horizon"])
         if old == self.horizon:
             self._count = state_dict["count"]
-            self._own = list(state_dict["own"])
+            self._factor = state_dict["factor"]
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state_dict["scheduler"])
+                self._multiply(self._factor)
             return
-        self._go_on(old, state_dict["count"])
+        self._go_on(old, state_dict["count"], state_dict["scheduler"])
 
-    def _go_on(self, old: Horizon, count: int) -> None:
-        """To where the new curve stands; a schedule's own state is that of the old one."""
+    def _go_on(self, old: Horizon, count: int, state: dict[str, Any] | None) -> None:
+        """To where the new curve stands; a schedule's own state is that of the old one, but for what it carries over."""
         before = _number(self.optimizer.param_groups[0]["lr"])
         if old.batch_size and self.horizon.batch_size:
             count = count * old.batch_size // self.horizon.batch_size
@@ -140,11 +145,13 @@ class Clock(LRScheduler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of steps of a schedule without steps of its optimizer
             self._advance_to(count)
-        self._own = [_number(group["lr"]) for group in self.optimizer.param_groups]
+        if state is not None and hasattr(self.scheduler, "carry_over"):
+            self.scheduler.carry_over(state)  # type: ignore[union-attr]
         if self.scheduler is not None:
+            now = _number(self.optimizer.param_groups[0]["lr"])
             self._note(
                 f"schedule: the horizon was {old} and is {self.horizon}; after {count:,} of these steps lr goes on "
-                f"from {self._own[0]:.3g} (it was {before:.3g})"
+                f"from {now:.3g} (it was {before:.3g})"
             )
 
 

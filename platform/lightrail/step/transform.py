@@ -41,6 +41,10 @@ class Transform:
 
     traits: ClassVar[Traits] = Traits()
 
+    is_repeated: bool = False
+    """Whether ``before_step`` is called again within one step, by a method behind that evaluates elsewhere; state that
+    moves once a step (a counter, a moving average, a multiplier) moves where this is false."""
+
     def attach(self, module: nn.Module) -> None:
         """Called once, when the module's first weights are drawn and before there is an optimizer.
 
@@ -101,6 +105,7 @@ class _TransformedClosure(Closure):
     def __init__(self, inner: Closure, transform: Transform) -> None:
         self._inner = inner
         self._transform = transform
+        self._is_asked = False
 
     @property
     def params(self) -> list[Tensor]:  # type: ignore[override]
@@ -112,6 +117,7 @@ class _TransformedClosure(Closure):
 
     def __call__(self) -> Tensor:
         loss = self._inner()
+        self._transform.is_repeated, self._is_asked = self._is_asked, True
         with torch.no_grad():
             self._transform.before_step(self.params, self._inner)
         return loss
@@ -276,10 +282,11 @@ class TransformedOptimizer(_View):
 
     def train(self) -> None:
         """Goes to the point where gradients are taken, for a method that has two."""
+        # In the order opposite to that of `eval`.
+        for transform in filter(_has_point, reversed(self.transforms)):
+            transform.train(self.params)
         if has_evaluation_point(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
-        for transform in filter(_has_point, self.transforms):
-            transform.train(self.params)
 
     def eval(self) -> None:
         """Goes to the point that is to be evaluated, for a method that has two."""
