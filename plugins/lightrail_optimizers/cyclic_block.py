@@ -83,6 +83,7 @@ class CyclicBlock(BlockOptimizer):
     """
 
     traits = Traits(
+        scales_with_gradient=True,
         rule="x_i = prox(x_i - lr ∇_i f(x)) for each block in turn, at the newest x",
         paper=_PAPER,
         state=0,
@@ -192,6 +193,7 @@ class VarianceReducedCyclicBlock(CyclicBlock):
     """
 
     traits = Traits(
+        scales_with_gradient=True,
         rule="x_i = prox(x_i - lr v_i) for each block in turn, v_i += ∇_i f_B(x) - ∇_i f_B(y), now and then ∇_i f_B(x)",
         paper=_PAPER,
         state=2,

@@ -100,6 +100,7 @@ class MultiMomentum(MethodOptimizer):
     """
 
     traits = Traits(
+        scales_with_gradient=True,
         rule="x -= lr momentum of v, v = g + sum_k (p_k - n_k/B) m_k, m_k the average gradient of cluster k",
         paper=(
             "Tondji, Kashubin, Cisse, 2021, Variance Reduction in Deep Learning: More Momentum is All You Need, "

@@ -137,7 +137,7 @@ class Clock(LRScheduler):
         self._go_on(old, state_dict["count"], state_dict["scheduler"])
 
     def _go_on(self, old: Horizon, count: int, state: dict[str, Any] | None) -> None:
-        """To where the new curve stands; a schedule's own state is that of the old one, but for what it carries over."""
+        """To where the new curve stands; of the schedule's old state only what it carries over holds."""
         before = _number(self.optimizer.param_groups[0]["lr"])
         if old.batch_size and self.horizon.batch_size:
             count = count * old.batch_size // self.horizon.batch_size

@@ -166,6 +166,8 @@ class Closure(PartsOfTheBatch):
                 allowed="a task with one loss",
                 remedy="Choose a transform that asks for the loss alone.",
             )
+        if fn == "loss":
+            return self._loss_fn
         if isinstance(fn, str):
             return _named(fn, self._returned_fn)
         return lambda *args: fn(*args[:1])  # a task's step may get more than its batch

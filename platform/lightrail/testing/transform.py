@@ -48,14 +48,14 @@ def _around(inner: Inner, problem: Problem, *transforms: Transform) -> Transform
 
 
 def check_builds_from_options(plugin: Any, options: Options) -> None:
-    """``plugin(**options)`` is a Transform that edits the gradient, the update or both."""
+    """``plugin(**options)`` is a Transform that acts somewhere: on weights, groups, the gradient or the update."""
     missing = missing_options(plugin, options, given=0)
     require(not missing, f"options without a default are not in traits.example: {missing}")
     transform = plugin(**options)
     require(isinstance(transform, Transform), f"it is no lightrail.Transform but {type(transform).__name__}")
-    kind = type(transform)
-    edits = kind.before_step is not Transform.before_step or kind.after_step is not Transform.after_step
-    require(edits, "it overrides neither before_step nor after_step")
+    acts = ("attach", "prepare", "before_step", "after_step")
+    is_one = any(getattr(type(transform), name) is not getattr(Transform, name) for name in acts)
+    require(is_one, f"it overrides none of {', '.join(acts)}")
 
 
 def check_rejects_unknown_options(plugin: Any, options: Options) -> None:
@@ -95,9 +95,9 @@ def check_resumes_exactly(plugin: Any, options: Options) -> None:
         expected = run(problem, optimizer, 7, start=7)
 
         resumed = Classifier()
+        optimizer = _around(inner, resumed, plugin(**options))
         with torch.no_grad():
             torch._foreach_copy_(resumed.params, middle)
-        optimizer = _around(inner, resumed, plugin(**options))
         optimizer.load_state_dict(checkpoint)
         torch.set_rng_state(random_state)
         found = run(resumed, optimizer, 7, start=7)

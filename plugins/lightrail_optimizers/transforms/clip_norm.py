@@ -11,7 +11,8 @@ from torch import Tensor
 from lightrail.options import between, positive
 from lightrail.step import Closure, Transform
 from lightrail.traits import Traits
-from lightrail_optimizers.tensor_lists import global_norm
+from lightrail_optimizers.dense_gradients import dense_gradients
+from lightrail_optimizers.tensor_lists import global_norm, refuse_complex
 
 __all__ = ["ClipNorm", "clip_norm"]
 
@@ -54,7 +55,7 @@ class ClipNorm(Transform):
         norm_type: The p of the p-norm, > 0; ``inf`` for the largest magnitude.
 
     Raises:
-        ConfigurationError: An option out of range.
+        ConfigurationError: An option out of range, a complex parameter, or a sparse gradient.
 
     Guarantees:
         A gradient within the norm is untouched, bit for bit. One that is not finite stays so.
@@ -92,7 +93,8 @@ class ClipNorm(Transform):
         self._norm: Tensor | None = None
 
     def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        self._norm = clip_norm([p.grad for p in params if p.grad is not None], self.max_norm, self.norm_type)
+        refuse_complex("clip_norm", params)
+        self._norm = clip_norm(dense_gradients("clip_norm", params)[1], self.max_norm, self.norm_type)
 
     def logged(self) -> dict[str, float]:
         return {} if self._norm is None else {"gradient_norm": float(self._norm)}

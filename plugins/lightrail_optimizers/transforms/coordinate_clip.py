@@ -1,9 +1,11 @@
-"""Clipping of single coordinates of the gradient."""
+"""Clipping of the largest coordinates of the gradient."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,31 +14,18 @@ from lightrail.errors import ConfigurationError
 from lightrail.options import between, one_of
 from lightrail.step import Closure, Transform
 from lightrail.traits import Traits
+from lightrail_optimizers.dense_gradients import dense_gradients
+from lightrail_optimizers.tensor_lists import refuse_complex, refuse_sharded
+from lightrail_optimizers.transforms.clip_value import clip_coordinates
 
-__all__ = ["CoordinateClip", "clip_coordinates", "magnitude_quantile"]
-
-
-def clip_coordinates(g: Tensor, threshold: float | Tensor) -> None:
-    """``g_i = sign(g_i) min(|g_i|, threshold)``, in place.
-
-    Example:
-        >>> g = torch.tensor([-3.0, 0.5])
-        >>> clip_coordinates(g, 1.0)
-        >>> g.tolist()
-        [-1.0, 0.5]
-    """
-    if isinstance(threshold, Tensor):
-        threshold = threshold.to(g)
-        torch.clamp(g, -threshold, threshold, out=g)
-    else:
-        g.clamp_(-threshold, threshold)
+__all__ = ["CoordinateClip", "magnitude_quantile"]
 
 
 def magnitude_quantile(g: Tensor, q: float) -> Tensor:
     """The q-quantile of ``|g|`` by linear interpolation between the two nearest ranks.
 
-    With n sorted magnitudes ``a_0 <= … <= a_{n-1}`` it is ``a`` at the position ``q (n-1)``, linear in between. Two
-    selections rather than a sort: linear time, and no limit on the number of entries.
+    With n sorted magnitudes ``a_0 <= … <= a_{n-1}`` it is ``a`` at the position ``q (n-1)``, linear in between. One
+    selection rather than a sort: linear time, and no limit on the number of entries.
 
     Args:
         g: Any shape, not empty.
@@ -56,7 +45,11 @@ def magnitude_quantile(g: Tensor, q: float) -> Tensor:
     below = magnitudes.kthvalue(low + 1).values
     if low == position:
         return below
-    return below.lerp(magnitudes.kthvalue(low + 2).values, position - low)
+    # The next rank holds the same value again, or else the least one above: no second selection is needed.
+    is_above = magnitudes > below
+    is_repeated = is_above.sum() < magnitudes.numel() - low - 1
+    above = torch.where(is_repeated, below, magnitudes.masked_fill_(~is_above, math.inf).min())
+    return below.lerp(above, position - low)
 
 
 class CoordinateClip(Transform):
@@ -71,7 +64,8 @@ class CoordinateClip(Transform):
         scope: ``tensor``: one quantile a parameter; ``global``: one over all of them, which copies the gradient.
 
     Raises:
-        ConfigurationError: Both ``threshold`` and ``quantile``, or an option out of range.
+        ConfigurationError: Both ``threshold`` and ``quantile``, an option out of range, a complex parameter, a
+            sparse gradient, or a quantile of tensors that are cut over several devices.
 
     Deviations:
         The paper clips a small fraction of coordinates without fixing how the quantile is read; the convention is the
@@ -96,6 +90,7 @@ class CoordinateClip(Transform):
             "Pan, Li, 2023, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, arXiv:2306.00204"
         ),
         state=0,
+        needs_whole_tensors=True,
         example={"quantile": 0.9},
     )
 
@@ -117,15 +112,27 @@ class CoordinateClip(Transform):
         self.threshold = threshold
         self.quantile = quantile
         self.scope = scope
+        self._thresholds: list[Tensor] = []
+
+    @staticmethod
+    def traits_under(options: Mapping[str, Any]) -> Traits:
+        """Quantiles are of whole tensors; a threshold that is given is not."""
+        return dataclasses.replace(CoordinateClip.traits, needs_whole_tensors=options.get("threshold") is None)
 
     def before_step(self, params: list[Tensor], closure: Closure) -> None:
-        gradients = [p.grad for p in params if p.grad is not None and p.grad.numel() > 0]
+        refuse_complex("coordinate_clip", params)
+        _, gradients = dense_gradients("coordinate_clip", params)
         if self.threshold is not None:
             for g in gradients:
                 clip_coordinates(g, self.threshold)
         elif self.quantile is not None and self.quantile < 1.0 and gradients:
-            for g, tau in zip(gradients, self._quantiles(gradients, self.quantile), strict=True):
+            refuse_sharded("coordinate_clip", params)
+            self._thresholds = self._quantiles(gradients, self.quantile)
+            for g, tau in zip(gradients, self._thresholds, strict=True):
                 clip_coordinates(g, tau)
+
+    def logged(self) -> dict[str, float]:
+        return {"largest_threshold": max(map(float, self._thresholds))} if self._thresholds else {}
 
     def _quantiles(self, gradients: Sequence[Tensor], q: float) -> list[Tensor]:
         if self.scope == "tensor":

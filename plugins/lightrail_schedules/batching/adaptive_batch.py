@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightrail import Batching, Closure, Extent, Portion, Traits
+from lightrail import Batching, Claim, Closure, Extent, Portion, Traits
 from lightrail.errors import CompositionError
 from lightrail.options import at_least, one_of, positive
 from lightrail_schedules.batching.filled import require_filled
@@ -138,6 +138,14 @@ class AdaptiveBatch(Batching):
         paper=(
             "Lau, Liu, Kolar, 2024, AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods, "
             "arXiv:2402.11215"
+        ),
+        claim=Claim(
+            sentence="the loss of small batches after half of their steps",
+            baseline="constant",
+            baseline_options={"batch_size": 16},
+            steps=0.5,
+            problems=("digits_run",),
+            options={"start": 16, "max_batch": 256, "lr_rule": "auto"},
         ),
         needs_groups=True,
         watches_gradient=True,

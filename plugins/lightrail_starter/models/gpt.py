@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
@@ -126,6 +127,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        # What the products of queries and keys are multiplied by; may be set.
+        self.attention_scale = 1 / math.sqrt(width // heads)
         self.rotary = rotary
         self.read = nn.Linear(width, 3 * width, bias=False)
         self.write = nn.Linear(width, width, bias=False)
@@ -134,7 +137,12 @@ class _Attention(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.read(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
-            self.rotary(q), self.rotary(k), v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+            self.rotary(q),
+            self.rotary(k),
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.attention_scale,
         )
         return self.write(mixed.transpose(1, 2).reshape(batch, length, width))
 

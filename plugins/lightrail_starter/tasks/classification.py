@@ -14,6 +14,7 @@ from lightrail.errors import ConfigurationError
 from lightrail.options import between
 from lightrail_starter.tasks.losses import LossFn, loss_named, losses_of_samples, refuse_sampling
 from lightrail_starter.tasks.metrics import means
+from lightrail_starter.tasks.stablemax import stablemax, stablemax_cross_entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,10 @@ LOSSES: dict[str, LossFn] = {
     "cross_entropy": F.cross_entropy,
     "focal": _focal,
     "multi_margin": F.multi_margin_loss,
+    "stablemax": stablemax_cross_entropy,
 }
+
+LIKELIHOODS = ("cross_entropy", "stablemax")
 
 
 class Classification(LightningModule):
@@ -44,8 +48,9 @@ class Classification(LightningModule):
 
     Args:
         model: Maps inputs to logits ``[B, C]``.
-        loss: ``cross_entropy``, ``focal``, ``multi_margin``, or the dotted path of a function(logits, target) that
-            returns the mean over the batch.
+        loss: ``cross_entropy``, ``focal``, ``multi_margin``, ``stablemax`` (the cross entropy of probabilities that
+            grow with the logits, not with their exponentials; worked out in double precision), or the dotted path of a
+            function(logits, target) that returns the mean over the batch.
         label_smoothing: Probability mass that is spread over all classes, in [0, 1); for ``cross_entropy`` only.
 
     Example:
@@ -110,27 +115,32 @@ class Classification(LightningModule):
             metric: Any = self.metrics[f"{stage}_{name}"]
             metric.update(value, weight=len(target))
             self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=stage == "val")
-        return {"prediction": logits.softmax(-1), "target": target}
+        return {"prediction": self._probabilities(logits), "target": target}
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """Those that the loss knows, ``[B, C]``: of the softmax, except under ``stablemax``."""
+        return stablemax(logits).float() if self.loss_name == "stablemax" else logits.softmax(-1)
 
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The mean cross entropy with labels drawn from the softmax of the model's own logits.
+        """The mean cross entropy with labels drawn from the model's own probabilities.
 
         Its gradient ĝ estimates curvature: E[ĝ ⊙ ĝ] · B is the diagonal of the Gauss-Newton matrix of the mean cross
-        entropy of a batch of B. Label smoothing leaves that matrix as it is.
+        entropy of a batch of B. Label smoothing leaves that matrix as it is. Under ``stablemax``, where labels are
+        drawn from those probabilities, it is the Gauss-Newton matrix with log s(z) for outputs, the Fisher matrix.
 
         Args:
             batch: As in training; its labels are not used.
             generator: Where the labels are drawn from.
 
         Raises:
-            ClosureError: The loss of this task is not the cross entropy.
+            ClosureError: The loss of this task is not the negative logarithm of a likelihood.
         """
-        if self.loss_name != "cross_entropy":
-            refuse_sampling(self.loss_name, "cross_entropy")
+        if self.loss_name not in LIKELIHOODS:
+            refuse_sampling(self.loss_name, " or ".join(LIKELIHOODS))
         logits = self.model(batch[0])
         with torch.no_grad():
-            labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits, labels)
+            labels = torch.multinomial(self._probabilities(logits), 1, generator=generator)[:, 0]
+        return LOSSES[self.loss_name](logits, labels)
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits ``[B, C]``: what the loss looks at."""

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightrail.options import at_least, non_negative
+from lightrail.options import at_least, non_negative, one_of
+from lightrail_starter.tasks.losses import LossFn
 from lightrail_starter.tasks.metrics import means
+from lightrail_starter.tasks.stablemax import log_stablemax, stablemax_cross_entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +24,8 @@ Batch = tuple[Tensor, Tensor]
 
 PROMPTS = 3
 
+LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "stablemax": stablemax_cross_entropy}
+
 
 class LanguageModeling(LightningModule):
     """Learns to predict each byte from those before it.
@@ -30,6 +34,9 @@ class LanguageModeling(LightningModule):
         model: Maps bytes ``[B, T]`` to logits ``[B, T, V]``; position t must not see what comes after t.
         sample_length: Bytes that the figures show the model continuing each prompt by, at least 0.
         temperature: Of these samples; 1 samples from the model as it is, 0 takes the likeliest byte.
+        loss: ``cross_entropy``, or ``stablemax``: the cross entropy of probabilities that grow with the logits, not
+            with their exponentials, worked out in double precision. Bits, perplexities and samples are of those
+            probabilities.
 
     Example:
         >>> task = LanguageModeling(nn.Embedding(256, 256))
@@ -40,13 +47,18 @@ class LanguageModeling(LightningModule):
 
     monitor = ("val_loss", "min")
 
-    def __init__(self, model: nn.Module, sample_length: int = 160, temperature: float = 0.8) -> None:
+    def __init__(
+        self, model: nn.Module, sample_length: int = 160, temperature: float = 0.8, loss: str = "cross_entropy"
+    ) -> None:
         super().__init__()
         at_least(0, sample_length=sample_length)
         non_negative(temperature=temperature)
+        one_of(LOSSES, loss=loss)
         self.model = model
         self.sample_length = sample_length
         self.temperature = temperature
+        self.loss_name = loss
+        self.loss_fn = LOSSES[loss]
         self.metrics = means("loss", "accuracy")
         self._losses: list[Tensor] = []
         self._prompts: Tensor | None = None
@@ -60,14 +72,14 @@ class LanguageModeling(LightningModule):
         inputs, target = batch
         logits = self.model(inputs)
         accuracy = logits.argmax(-1).eq(target).mean(dtype=torch.float32)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), target.flatten()), "accuracy": accuracy}
+        return {"loss": self.loss_fn(logits.flatten(0, 1), target.flatten()), "accuracy": accuracy}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Logits ``[B, T, V]`` and bytes ``[B, T]``."""
+        """Logits ``[B, T, V]``, whose softmax is the model's probabilities, and bytes ``[B, T]``."""
         return self._evaluate(batch, "val")[0]
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Logits ``[B, T, V]`` and bytes ``[B, T]``."""
+        """Logits ``[B, T, V]``, whose softmax is the model's probabilities, and bytes ``[B, T]``."""
         found, losses = self._evaluate(batch, "test")
         self._losses.append(losses.float().cpu())
         if self._prompts is None:
@@ -81,13 +93,17 @@ class LanguageModeling(LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> tuple[dict[str, Tensor], Tensor]:
         inputs, target = batch
         logits = self.model(inputs)
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        losses = self.loss_fn(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
         values = {"loss": losses.mean(), "accuracy": logits.argmax(-1).eq(target).float().mean()}
         for name, value in values.items():
             metric: Any = self.metrics[f"{stage}_{name}"]
             metric.update(value, weight=target.numel())
             self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=stage == "val")
-        return {"prediction": logits, "target": target}, losses
+        return {"prediction": self._softmax_logits(logits), "target": target}, losses
+
+    def _softmax_logits(self, logits: Tensor) -> Tensor:
+        """Logits whose softmax is what the loss takes for the model's probabilities."""
+        return log_stablemax(logits).float() if self.loss_name == "stablemax" else logits
 
     def on_validation_epoch_end(self) -> None:
         self._log_derived("val")
@@ -113,19 +129,20 @@ class LanguageModeling(LightningModule):
 
     def output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The mean cross entropy of these logits."""
-        return F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
+        return self.loss_fn(outputs.flatten(0, 1), batch[1].flatten())
 
     def sample_losses(self, batch: Batch) -> Tensor:
         """The mean cross entropy of each window of text, ``[B]``."""
         logits = self.outputs(batch)
-        losses = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
+        losses = self.loss_fn(logits.flatten(0, 1), batch[1].flatten(), reduction="none")
         return losses.view(batch[1].shape).mean(1)
 
     def sampled_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The mean cross entropy with each next byte drawn from the softmax of the model's own logits.
+        """The mean cross entropy with each next byte drawn from the model's own probabilities.
 
         The bytes before it stay those of the text. Its gradient ĝ is such that E[ĝ ⊙ ĝ] · B T is the diagonal of the
-        Gauss-Newton matrix of the mean cross entropy over the B T bytes of the batch.
+        Gauss-Newton matrix of the mean cross entropy over the B T bytes of the batch. Under ``stablemax``, where bytes
+        are drawn from those probabilities, it is the Gauss-Newton matrix with log s(z) for outputs, the Fisher matrix.
 
         Args:
             batch: As in training; its targets are not used.
@@ -133,8 +150,8 @@ class LanguageModeling(LightningModule):
         """
         logits = self.model(batch[0]).flatten(0, 1)
         with torch.no_grad():
-            labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits, labels)
+            labels = torch.multinomial(self._softmax_logits(logits).softmax(-1), 1, generator=generator)[:, 0]
+        return self.loss_fn(logits, labels)
 
     @torch.no_grad()
     def continue_text(self, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -152,7 +169,7 @@ class LanguageModeling(LightningModule):
         was_training = self.training
         self.eval()
         for _ in range(length):
-            logits = self.model(tokens[:, -window:].to(self.device))[:, -1].float().cpu()
+            logits = self._softmax_logits(self.model(tokens[:, -window:].to(self.device))[:, -1]).float().cpu()
             if self.temperature:
                 drawn = torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=generator)
             else:

@@ -10,9 +10,10 @@ from torch import nn
 
 from lightrail import Closure, TransformedOptimizer
 from lightrail.errors import ConfigurationError
+from lightrail.traits import traits_of
 from lightrail_optimizers import ClipNorm, CoordinateClip
 from lightrail_optimizers.tensor_lists import global_norm
-from lightrail_optimizers.transforms.coordinate_clip import clip_coordinates, magnitude_quantile
+from lightrail_optimizers.transforms.coordinate_clip import magnitude_quantile
 
 
 def clipped(transform, *gradients):
@@ -110,6 +111,13 @@ def test_the_quantile_is_torchs(count, q):
     torch.testing.assert_close(magnitude_quantile(g, q), torch.quantile(g.abs(), q), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("q", [0.0, 0.25, 0.3, 0.5, 0.6, 0.75, 0.8, 0.99, 1.0])
+def test_the_quantile_of_repeated_magnitudes_is_torchs(q):
+    for values in ([1.0] * 7, [0.0, 0.0, 0.0, 5.0], [1.0, -1.0, 2.0, -2.0, 2.0], [3.0, -1.0, 3.0, 3.0, 9.0]):
+        g = torch.tensor(values, dtype=torch.float64)
+        torch.testing.assert_close(magnitude_quantile(g, q), torch.quantile(g.abs(), q), rtol=0, atol=1e-12)
+
+
 def test_more_entries_than_torch_quantile_takes():
     count = 2**24 + 1
     g = torch.arange(count, dtype=torch.int32).float().neg_()
@@ -124,9 +132,6 @@ def test_odd_shapes_and_half_precision():
     assert clipped(CoordinateClip(quantile=0.5), torch.tensor([1.0, 8.0, 2.0]).bfloat16())[0].tolist() == [1, 2, 2]
     strided = torch.arange(1.0, 13.0).reshape(3, 4).t()
     assert clipped(CoordinateClip(threshold=5.0), strided)[0].tolist() == strided.clamp(max=5.0).tolist()
-    g = torch.ones(2, requires_grad=False)
-    clip_coordinates(g, torch.tensor(0.5, dtype=torch.float64))
-    assert g.tolist() == [0.5, 0.5]
 
 
 def test_without_options_a_tenth_is_clipped():
@@ -140,6 +145,31 @@ def test_without_options_a_tenth_is_clipped():
 def test_coordinate_options_out_of_range(options):
     with pytest.raises(ConfigurationError):
         CoordinateClip(**options)
+
+
+def test_the_largest_threshold_is_at_hand():
+    transform = CoordinateClip(quantile=0.5)
+    assert transform.logged() == {}
+    clipped(transform, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0]))
+    assert transform.logged() == {"largest_threshold": 20.0}
+
+
+@pytest.mark.parametrize("transform", [ClipNorm(1.0), CoordinateClip(threshold=1.0), CoordinateClip(quantile=0.5)])
+def test_complex_parameters_and_sparse_gradients_are_refused_by_name(transform):
+    name = "clip_norm" if isinstance(transform, ClipNorm) else "coordinate_clip"
+    w = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ConfigurationError, match=f"{name} does not take complex"):
+        transform.before_step([w], Closure(lambda: w.abs().sum(), [w]))
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ConfigurationError, match=f"{name} does not take sparse"):
+        transform.before_step([table.weight], Closure(lambda: table.weight.sum(), [table.weight]))
+
+
+def test_only_quantiles_need_whole_tensors():
+    assert traits_of(CoordinateClip).needs_whole_tensors
+    assert traits_of(CoordinateClip, {"quantile": 0.5}).needs_whole_tensors
+    assert not traits_of(CoordinateClip, {"threshold": 0.5}).needs_whole_tensors
 
 
 def test_parameters_without_gradient_are_passed_over():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightrail import Closure, TransformedOptimizer
 from lightrail.errors import ClosureError, ConfigurationError
+from lightrail.traits import traits_of
 from lightrail_optimizers import SAM, ClipNorm
 from lightrail_optimizers.transforms.sam import climb
 
@@ -193,3 +194,112 @@ def test_agrees_with_pytorch_optimizer(adaptive):
         optimizer.step(closure)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_the_sharpness_is_logged_and_exact_on_a_quadratic():
+    curvatures = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    for adaptive in (False, True):
+        w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        transform = SAM(rho=0.3, adaptive=adaptive)
+        assert transform.logged() == {}
+        g = curvatures * w.detach()
+        e = climb([w], [g], 0.3, adaptive)[0] - w.detach()
+        risen = (curvatures * ((w.detach() + e) ** 2 - w.detach() ** 2)).sum() / 2
+        closure = Closure(lambda: (curvatures * w**2).sum() / 2, [w])  # noqa: B023
+        TransformedOptimizer(torch.optim.SGD([w], lr=0.1), [transform]).step(closure)
+        norm = (g * torch.tensor([1.0, 2.0])).norm() if adaptive else g.norm()
+        assert transform.logged() == {
+            "gradient_norm": pytest.approx(norm.item()),
+            "sharpness": pytest.approx(risen.item(), rel=1e-12),
+        }
+        assert closure.evaluations == 2
+
+
+def test_the_sharpness_is_that_of_the_losses_on_a_network():
+    model = network().double()
+    batch = (window(0, 1)[0][0].double(), window(0, 1)[0][1])
+    for parts in (1, 2):
+        transform = SAM(rho=0.05, parts=parts)
+        closure = Closure(loss_of(model), list(model.parameters()), batch)
+        gaps = []
+        for j in range(parts):
+            with closure.part(j, parts):
+                loss, g = closure.gradient()
+                with closure.at(climb(closure.params, g, 0.05)):
+                    gaps.append(float(closure.loss() - loss))
+        closure()
+        with torch.no_grad():
+            transform.before_step(closure.params, closure)
+        assert transform.logged()["sharpness"] == pytest.approx(sum(gaps) / parts, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_each_part_climbs_by_its_own_gradient(count):
+    """Two parts are the halves of a micro-batch, or of the micro-batches where these divide."""
+    ours, theirs, together = network(), network(), network()
+    params = list(theirs.parameters())
+    optimizer = torch.optim.SGD(params, lr=0.1)
+
+    def gradient(batches):
+        losses = torch.stack([loss_of(theirs)(batch) for batch in batches])
+        return torch.autograd.grad(losses.mean(), params)
+
+    for step in range(4):
+        batches = window(step, count)
+        halves = [[(x[j], y[j]) for x, y in batches] for j in (slice(0, 3), slice(3, 6))]
+        if count == 4:
+            halves = [batches[:2], batches[2:]]
+        x = [p.detach().clone() for p in params]
+        total = [torch.zeros_like(p) for p in params]
+        for half in halves:
+            points = climb(x, gradient(half), 0.2)
+            with torch.no_grad():
+                torch._foreach_copy_(params, points)
+            torch._foreach_add_(total, gradient(half), alpha=0.5)
+            with torch.no_grad():
+                torch._foreach_copy_(params, x)
+        for p, g in zip(params, total, strict=True):
+            p.grad = g
+        optimizer.step()
+    train(ours, [SAM(rho=0.2, parts=2)], count)
+    train(together, [SAM(rho=0.2)], count)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert not all(
+        torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(ours.parameters(), together.parameters(), strict=True)
+    )
+
+
+def test_parts_cost_a_third_evaluation_and_must_divide_the_batch():
+    model = network()
+    closure = Closure(loss_of(model), list(model.parameters()), *window(0, 1))
+    TransformedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), [SAM(parts=3)]).step(closure)
+    assert closure.evaluations == pytest.approx(3)
+    assert traits_of(SAM, {"parts": 3}).extra_evaluations == 2
+    assert traits_of(SAM, {"parts": 3}).needs_groups
+    closure = Closure(loss_of(model), list(model.parameters()), *window(0, 1))
+    with pytest.raises(ClosureError, match="divided"):
+        TransformedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), [SAM(parts=7)]).step(closure)
+
+
+def test_half_precision_climbs_as_far_as_single():
+    g = torch.full((4096,), 1.0, dtype=torch.bfloat16)  # a reach of 1/3 / 64 has no short form
+    (point,) = climb([torch.zeros(4096, dtype=torch.bfloat16)], [g], 1 / 3)
+    assert point.dtype == torch.bfloat16
+    exact = torch.tensor(1 / 3 / 64)
+    assert torch.equal(point, exact.bfloat16().expand(4096))
+    tiny = torch.full((4,), 6e-8, dtype=torch.float16)  # a reach beyond what half precision can hold
+    (point,) = climb([torch.zeros(4, dtype=torch.float16)], [tiny], 0.5)
+    assert point.tolist() == [0.25] * 4
+
+
+def test_sparse_gradients_and_complex_parameters_are_refused_by_name():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    closure = Closure(lambda: embedding(torch.tensor([1])).sum(), [embedding.weight])
+    with pytest.raises(ConfigurationError, match="sam does not take sparse"):
+        TransformedOptimizer(torch.optim.SGD([embedding.weight], lr=0.1), [SAM()]).step(closure)
+    z = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ConfigurationError, match="sam does not take complex"):
+        TransformedOptimizer(torch.optim.SGD([z], lr=0.1), [SAM()]).step(Closure(lambda: z.abs().sum(), [z]))
+    with pytest.raises(ConfigurationError, match="parts"):
+        SAM(parts=0)

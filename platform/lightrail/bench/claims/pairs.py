@@ -21,10 +21,13 @@ def pair(kind: str, problem: str, method: str, claim: Claim) -> tuple[Measured, 
         claim: What is promised.
     """
     tuned = claim.tuned if kind != "optimizer" else None
-    baseline_options = dict(claim.baseline_options)
-    behind = {"optimizer": claim.baseline, **baseline_options} if kind == "transform" else {}
-    mine = Measured(kind, problem, method, dict(claim.options), behind=behind, tuned=tuned)
-    if kind == "callback":
-        return mine, Measured(kind, problem, "none", tuned=tuned)
-    baseline_kind = "optimizer" if kind == "transform" else kind
-    return mine, Measured(baseline_kind, problem, claim.baseline, baseline_options, tuned=tuned)
+    options, alone = dict(claim.options), dict(claim.baseline_options)
+    if kind in ("transform", "callback"):
+        behind = {"optimizer": claim.baseline, **alone}
+        mine = Measured(kind, problem, method, options, behind=behind, tuned=tuned)
+        if kind == "callback":
+            return mine, Measured(kind, problem, "none", behind=behind, tuned=tuned)
+        return mine, Measured("optimizer", problem, claim.baseline, alone, tuned=tuned)
+    return Measured(kind, problem, method, options, tuned=tuned), Measured(
+        kind, problem, claim.baseline, alone, tuned=tuned
+    )

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from lightrail.bench.claims.outcome import Trial
-from lightrail.errors import NonFiniteLoss
-from lightrail.kinds import KINDS
-from lightrail.run import compose
 from lightrail.step import Closure
 
 __all__ = ["CountedClosure", "Problem", "RunProblem", "TaskProblem"]
@@ -78,6 +71,11 @@ class Problem:
     def closure(self, step: int) -> CountedClosure:
         """The closure of a step, over a batch of its own."""
         raise NotImplementedError
+
+    def loss(self, step: int) -> Tensor:
+        """The loss of a step's batch, with its graph, for loops that differentiate it themselves."""
+        closure = self.closure(step)
+        return closure._loss_fn(*closure._batches[0])
 
     def merit(self) -> float:
         """What is compared, at the current parameters: lower is better. It spends nothing."""
@@ -148,32 +146,3 @@ class RunProblem(Problem):
     overrides: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str] = "val_loss"
     merit_name: ClassVar[str] = "validation loss"
-
-    @classmethod
-    def run(cls, kind: str, method: str, options: Mapping[str, Any], seed: int) -> Trial:
-        """One run.
-
-        Args:
-            kind: Of the method.
-            method: Its name; ``none`` for a run without one.
-            options: Its options, and the learning rate as ``lr``.
-            seed: Of the run.
-        """
-        own = {name: value for name, value in options.items() if name != "lr"}
-        chosen = [f"optimizer.lr={options['lr']}"] if "lr" in options else []
-        if method != "none":
-            is_one = not KINDS[kind].many
-            chosen.append(f"+{kind}={method}" if is_one else f"+{kind}=[{method}]")
-            path = kind if is_one else f"{kind}.{method}"
-            chosen += [f"{path}.{name}={'null' if value is None else value}" for name, value in own.items()]
-        with tempfile.TemporaryDirectory() as folder:
-            common = [f"seed={seed}", "logger=[csv]", "trainer.accelerator=cpu", f"run.root={folder}"]
-            try:
-                result = compose([*cls.overrides, *chosen, *common]).execute(show_progress=False)
-            except NonFiniteLoss:
-                return Trial((float(cls.passes),), (math.inf,))
-            with open(result.folder / "metrics.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.get(cls.metric)]
-        steps = [float(row["step"]) + 1 for row in rows]
-        merits = [float(row[cls.metric]) for row in rows]
-        return Trial(tuple(steps), tuple(merits), cls.outcome(merits))

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightrail.bench.claims.outcome import Trial
-from lightrail.bench.claims.problem import Problem, RunProblem
+from lightrail.bench.claims.problem import Problem
+from lightrail.bench.claims.run_trial import trial_by_run
 from lightrail.catalogue import load
 from lightrail.step import Transform, TransformedOptimizer
 from lightrail.step.transform import has_evaluation_point
@@ -44,8 +45,8 @@ def run_trial(
         behind: For a method that is no optimizer, the one behind it: ``{"optimizer": name, **options}``.
     """
     cls = load("problem", problem)
-    if issubclass(cls, RunProblem):
-        return cls.run(kind, method, options, seed)
+    if kind not in ("optimizer", "transform"):
+        return trial_by_run(problem, kind, method, options, seed, behind or {})
     torch.manual_seed(seed)
     task: Problem = cls()
     optimizer = _optimizer(task, kind, method, options, behind or {"optimizer": "adamw"})
