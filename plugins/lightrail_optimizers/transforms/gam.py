@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightrail.options import between, non_negative, positive
 from lightrail.step import Closure, Transform
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.first_order_flatness import first_order_flatness
 from lightrail_optimizers.learning_rate_share import LearningRateShare
 from lightrail_optimizers.nearby_gradients import dot, put_gradients, scaled, with_gradient
@@ -127,6 +127,12 @@ class GAM(Transform):
             "Generalization, arXiv:2303.03108"
         ),
         state=0,
+        claim=Claim(
+            sentence="a lower top Hessian eigenvalue than the optimizer alone, at the same learning rate",
+            baseline_options={"lr": 0.01},
+            problems=("sharpness",),
+            tuned=False,
+        ),
         extra_evaluations=3,
         needs_closure=True,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail.options import non_negative, one_of, positive
 from lightrail.step import Closure, Transform
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_optimizers.closure_answers import answers_for, gradients, wide
 from lightrail_optimizers.nearby_gradients import dot, gradient_at, put_gradients, with_gradient
 from lightrail_optimizers.tensor_lists import global_norm
@@ -94,6 +94,13 @@ class GradientRegularization(Transform):
             "Finite-Difference Computation and Implicit Bias, arXiv:2210.02720"
         ),
         state=0,
+        claim=Claim(
+            sentence="a lower top Hessian eigenvalue than the optimizer alone, at the same learning rate",
+            baseline_options={"lr": 0.01},
+            problems=("sharpness",),
+            options={"gamma": 0.2, "epsilon": 0.2},
+            tuned=False,
+        ),
         extra_evaluations=1,
         needs_closure=True,
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightrail.errors import CompositionError
+from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.options import at_least, between
-from lightrail.traits import traits_of
+from lightrail.traits import Traits, traits_of
 
 __all__ = ["EMA"]
 
@@ -18,43 +18,78 @@ __all__ = ["EMA"]
 class EMA(Callback):
     """Trains as usual, and validates, tests and saves an exponential moving average of the weights.
 
-    After each ``every``-th step from ``start_step`` on, with n updates so far:
+    After each ``every``-th step from ``start_step`` on, as the t-th update:
 
-    a ← d_n a + (1 − d_n) x,  d_n = min(decay, (1 + n) / (10 + n)) with ``warmup``, else ``decay``
+    a ← (1 − β_t) a + β_t x,  β_t = max(1 − decay, t^−power) with ``power``, max(1 − decay, 9 / (9 + t)) with
+    ``warmup``, else 1 − decay
 
-    The first update copies the weights. Until then the weights themselves are evaluated. Floating-point buffers
+    The first update copies the weights. Until then the weights themselves are evaluated. Power 1 is the mean of all
+    points since ``start_step``, until the floor 1 − ``decay`` is reached; a smaller one forgets the early points
+    faster, and its memory goes on growing with the run. Floating-point buffers
     (BatchNorm's statistics) are averaged as the weights are; others are taken as they stand.
 
     In a checkpoint, ``state_dict`` holds the average and ``current_model_state`` the weights that training goes on
     from, so a resumed run equals one that was never stopped, bit for bit.
 
     Args:
-        decay: Of the average, in [0, 1); 1 / (1 − decay) updates are its memory.
+        decay: Of the average, in [0, 1); 1 / (1 − decay) updates are its longest memory. With ``power`` also 1, for one
+            that grows without end.
         start_step: The optimizer step, counted from 0, after which the first update may come.
         every: Optimizer steps from one update to the next, at least 1.
-        warmup: Whether the memory starts short and grows, so that the first weights are forgotten in a short run.
+        warmup: Whether the memory starts short and grows, so that the first weights are forgotten in a short run;
+            ``None`` for yes, unless ``power`` is given.
+        power: How fast the weight of a new point falls, in (0, 1]; ``None`` for ``warmup``'s rule.
 
     Raises:
-        CompositionError: When training starts: the optimizer keeps an average of its own.
+        ConfigurationError: An option is out of range, or both ``warmup`` and ``power`` are asked for.
+        CompositionError: When training starts: the optimizer or a transform keeps an average of its own.
 
     Example:
         >>> EMA(decay=0.99).decay
         0.99
+        >>> [EMA(power=1).weight(t) for t in (1, 2, 4)]
+        [1.0, 0.5, 0.25]
 
     Reference:
         B. Polyak and A. Juditsky (1992), Acceleration of Stochastic Approximation by Averaging, SIAM Journal on Control
-        and Optimization 30(4), for the uniform average; the exponential one follows practice.
+        and Optimization 30(4), for the uniform average; A. Block, D. J. Foster, A. Krishnamurthy, M. Simchowitz and
+        C. Zhang (2024), Butterfly Effects of SGD Noise: Error Amplification in Behavior Cloning and Autoregression, for
+        ``power``; ``warmup`` follows practice.
     """
 
-    def __init__(self, decay: float = 0.999, start_step: int = 0, every: int = 1, warmup: bool = True) -> None:
+    traits: ClassVar[Traits] = Traits(
+        rule="a ← (1 − β_t) a + β_t x, β_t = max(1 − decay, t^−power or 9 / (9 + t)); a is evaluated, x is trained",
+        paper="A. Block, D. J. Foster, A. Krishnamurthy, M. Simchowitz, C. Zhang, 2024, Butterfly Effects of SGD "
+        "Noise: Error Amplification in Behavior Cloning and Autoregression",
+        state=1.0,
+    )
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        start_step: int = 0,
+        every: int = 1,
+        warmup: bool | None = None,
+        power: float | None = None,
+    ) -> None:
         super().__init__()
-        between(0, 1, decay=decay)
+        between(0, 1, closed="left" if power is None else "both", decay=decay)
         at_least(0, start_step=start_step)
         at_least(1, every=every)
+        if power is not None:
+            between(0, 1, closed="right", power=power)
+            if warmup:
+                raise ConfigurationError(
+                    "warmup and power are two rules for one weight",
+                    found=f"warmup={warmup}, power={power}",
+                    allowed="one of the two",
+                    remedy="Leave warmup out: with power, too, the memory starts short and grows.",
+                )
         self.decay = decay
         self.start_step = start_step
         self.every = every
-        self.warmup = warmup
+        self.warmup = power is None if warmup is None else warmup
+        self.power = power
         self._updates = 0
         self._last_update = 0
         self._is_swapped = False
@@ -66,19 +101,26 @@ class EMA(Callback):
 
     # Averaging.
 
+    def weight(self, t: int) -> float:
+        """β_t: how much the t-th point, counted from 1, weighs against the average of those before it."""
+        if self.power is not None:
+            return max(1 - self.decay, t**-self.power)
+        return 1 - min(self.decay, t / (9 + t)) if self.warmup else 1 - self.decay
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._go_to(training=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            inner = getattr(optimizer, "optimizer", optimizer)
-            if traits_of(inner).has_evaluation_point:
+            methods = [getattr(optimizer, "optimizer", optimizer), *getattr(optimizer, "transforms", ())]
+            movers = [type(each).__name__ for each in methods if traits_of(each).has_evaluation_point]
+            if movers:
                 raise CompositionError(
-                    "callback 'ema' and the optimizer both average the weights",
-                    found=f"{type(inner).__name__}, which evaluates another point than it trains",
+                    "callback 'ema' and another method both want the weights evaluated at a point of their own",
+                    found=f"{', '.join(movers)}, which evaluates another point than it trains",
                     allowed="one of the two",
-                    remedy="Leave out callback=ema, or choose another optimizer.",
+                    remedy="Leave out callback=ema, or choose another optimizer or transform.",
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,12 +160,11 @@ class EMA(Callback):
         pairs = list(zip(self._other, self._current(), strict=False))
         if not pairs:
             self._other = [tensor.detach().clone() for tensor in self._current()]
-        n, self._updates = self._updates, self._updates + 1
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        self._updates += 1
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         if floating:
             average, current = map(list, zip(*floating, strict=True))
-            torch._foreach_lerp_(average, current, 1 - decay)
+            torch._foreach_lerp_(average, current, self.weight(self._updates))
         for average, current in pairs:
             if not average.is_floating_point():
                 average.copy_(current)

@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrail.errors import CompositionError, ConfigurationError
+from lightrail.step import Transform, TransformedOptimizer
 from lightrail.traits import Traits
 from lightrail_starter.callbacks.ema import EMA
 from lightrail_starter.data.rows import Rows, as_is
+from lightrail_starter.problems.behaviour_cloning import BehaviourCloning
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
@@ -124,6 +126,34 @@ def test_the_warm_up_shortens_the_memory_of_the_first_updates():
     close(task.state_dict(), by_hand(recorder.states, [min(0.5, (1 + n) / (10 + n)) for n in range(1, 12)]))
 
 
+@pytest.mark.parametrize(("decay", "start"), [(0.999999, 0), (1.0, 0), (1.0, 5)])
+def test_power_one_is_the_mean_of_all_points_since_the_start(decay, start):
+    recorder = Recorder()
+    task, _ = fit([recorder, EMA(decay=decay, power=1, start_step=start)])
+    points = recorder.states[start:]
+    for name, value in task.state_dict().items():
+        if value.is_floating_point():
+            mean = torch.stack([point[name].double() for point in points]).mean(0)
+            assert torch.allclose(value.double(), mean, rtol=1e-6, atol=1e-7), name
+        else:
+            assert torch.equal(value, points[-1][name]), name
+
+
+def test_the_weight_of_a_point_falls_with_the_power_down_to_the_floor():
+    callback = EMA(decay=0.9, power=0.5)
+    assert [callback.weight(t) for t in (1, 4, 25, 100, 101, 10_000)] == [1, 0.5, 0.2, *[pytest.approx(0.1)] * 3]
+    recorder = Recorder()
+    task, _ = fit([recorder, EMA(decay=0.6, power=0.67)])
+    close(task.state_dict(), by_hand(recorder.states, [1 - max(0.4, t**-0.67) for t in range(2, 13)]))
+
+
+def test_warm_up_and_power_exclude_each_other():
+    assert (EMA().warmup, EMA(power=0.5).warmup, EMA(warmup=False, power=0.5).power) == (True, False, 0.5)
+    with pytest.raises(ConfigurationError, match="warmup and power") as caught:
+        EMA(warmup=True, power=0.5)
+    assert "power=0.5" in caught.value.found
+
+
 def test_start_and_stride():
     recorder = Recorder()
     task, _ = fit([recorder, EMA(decay=0.8, start_step=2, every=3, warmup=False)])
@@ -162,10 +192,12 @@ def test_validation_sees_the_average_and_training_does_not():
         assert torch.allclose(seen, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_a_resumed_run_equals_one_that_was_never_stopped_bit_for_bit(tmp_path, every):
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 4}, {"power": 0.67}, {"power": 1, "decay": 1.0, "every": 2}], ids=str
+)
+def test_a_resumed_run_equals_one_that_was_never_stopped_bit_for_bit(tmp_path, options):
     def callbacks():
-        return [SeedEachStep(), EMA(decay=0.9, every=every, start_step=1)]
+        return [SeedEachStep(), EMA(**{"decay": 0.9, "start_step": 1, **options})]
 
     whole, whole_trainer = fit(callbacks(), epochs=5)
     _, trainer = fit(callbacks(), epochs=2)
@@ -244,7 +276,25 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused():
         trainer.fit(Other(), **loaders())
 
 
-@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"start_step": -1}, {"every": 0}])
+def test_a_transform_with_a_point_of_its_own_is_refused():
+    class Ahead(Transform):
+        traits = Traits(has_evaluation_point=True)
+
+    class Other(Task):
+        def configure_optimizers(self):
+            return TransformedOptimizer(torch.optim.SGD(self.parameters(), lr=0.1), [Ahead()])
+
+    trainer = Trainer(max_epochs=1, callbacks=[EMA()], logger=False, enable_checkpointing=False, accelerator="cpu",
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    with pytest.raises(CompositionError, match="ema") as caught:
+        trainer.fit(Other(), **loaders())
+    assert "Ahead" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decay": 1.0}, {"decay": -0.1}, {"start_step": -1}, {"every": 0}, {"power": 0.0}, {"power": 1.1}],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigurationError):
         EMA(**options)
@@ -262,3 +312,24 @@ def test_the_average_of_a_noisy_walk_is_nearer_to_its_centre():
         callback._update()
     assert callback._other[0].norm() < 0.35 * module.weight.norm()
     assert F.mse_loss(callback._other[0], torch.zeros(1, 50)) < 0.1
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.99}, {"power": 0.67}])
+def test_the_average_of_a_cloned_policy_costs_the_same_at_every_checkpoint(options):
+    torch.manual_seed(0)
+    problem = BehaviourCloning()
+    module = nn.Module()
+    module.policy = problem._policy
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    callback = EMA(**options)
+    callback._find(module)  # type: ignore[arg-type]
+    raw, averaged = [], []
+    for step in range(1000):
+        optimizer.step(problem.closure(step))  # type: ignore[arg-type]
+        callback._update()
+        if step >= 500 and step % 20 == 0:
+            raw.append(problem.merit())
+            with problem.closure(0).at(callback._other):
+                averaged.append(problem.merit())
+    assert torch.tensor(averaged).std() < 0.05 * torch.tensor(raw).std()
+    assert sum(averaged) < sum(raw)
