@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightrail.errors import ConfigurationError
 from lightrail.files import replace_file
 
-__all__ = ["FILE_NAME", "GradientNorms", "norms_of", "read_norms"]
+__all__ = ["FILE_NAME", "GradientNorms", "newest_recorded", "norms_of", "read_norms"]
 
 FILE_NAME = "gradient_norms.csv"
 _COLUMNS = ("step", "l2", "l1")
@@ -103,6 +103,27 @@ class GradientNorms:
             if l2 != _UNKNOWN:
                 lines.append(f"{step},{l2!r},{l1!r}")
         replace_file(Path(folder) / FILE_NAME, ("\n".join(lines) + "\n").encode())
+
+
+def newest_recorded(folder: str | None) -> str:
+    """The run beside this one that recorded its norms last; a run that is resumed finds the one that it began with.
+
+    Args:
+        folder: The folder of this run.
+
+    Raises:
+        ConfigurationError: This run has no folder, or none beside it holds norms.
+    """
+    own = Path(folder or "").resolve()
+    note = own / "refined_from.txt"
+    if folder is not None and note.is_file():
+        return note.read_text(encoding="utf-8").strip()
+    beside = [path for path in own.parent.glob(f"*/{FILE_NAME}") if path.parent != own] if folder is not None else []
+    if not beside:
+        raise _unreadable("latest", f"no */{FILE_NAME} under {own.parent}" if folder is not None else "no run folder")
+    newest = str(max(beside, key=lambda path: path.stat().st_mtime_ns).parent)
+    replace_file(note, newest.encode())
+    return newest
 
 
 def read_norms(folder: str, norm: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from lightrail.options import between, one_of
 from lightrail.step import Closure
 from lightrail.step.update_size import scales_with_gradient
 from lightrail.traits import Traits
-from lightrail_schedules.gradient_norms import FILE_NAME, GradientNorms, norms_of, read_norms
+from lightrail_schedules.gradient_norms import FILE_NAME, GradientNorms, newest_recorded, norms_of, read_norms
 from lightrail_schedules.horizon import Horizon
 from lightrail_schedules.linear_decay import linear_multiplier
 from lightrail_schedules.multiplied import Multiplied, declares
@@ -151,7 +151,7 @@ def refined(
     Args:
         optimizer: Any torch optimizer.
         total_steps: T, optimizer steps of the run, >= 1.
-        from_run: The folder of the first run; nothing for a first run.
+        from_run: The folder of the first run, or ``latest`` for the newest beside this one; nothing for a first run.
         norm: ``l2`` for w = G^-2, ``l1`` for w = G^-1; ``auto`` for l2 where updates grow with the gradient (SGD),
             and l1 where they are divided by its history (Adam).
         tau: Width of the running median, as a part of the run, in [0, 1]: ``2 floor(tau T / 2) + 1`` steps.
@@ -194,6 +194,8 @@ def refined(
     between(0.0, 1.0, closed="both", tau=tau)
     if from_run is None:
         return _Recording(optimizer, horizon, folder)
+    if from_run == "latest":
+        from_run = newest_recorded(folder)
     if norm == "auto":
         norm = "l2" if scales_with_gradient(optimizer) else "l1"
     shape = _shape_of(from_run, norm, tau)

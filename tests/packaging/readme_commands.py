@@ -63,6 +63,9 @@ def execute(folder: Path, command: str) -> None:
     if "run.resume=latest" in words:
         stopped = run(folder, [str(program), "trainer.max_epochs=1"])
         assert stopped.returncode == 0, stopped.stderr
+    if "schedule.from_run=latest" in words:
+        recorded = run(folder, [str(program), "schedule=refined", "trainer.max_epochs=1"])
+        assert recorded.returncode == 0, recorded.stderr
     finished = run(folder, [str(program), *words[1:]])
     assert finished.returncode == 0, finished.stdout + finished.stderr
     if words[0] == "train" and "--help" not in words:

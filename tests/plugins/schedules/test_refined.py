@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -301,3 +303,28 @@ class TestSecondRun:
     def test_what_is_out_of_range_is_refused_by_name(self, options):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             refined(make(), 20, **options)
+
+
+def test_latest_is_the_newest_recorded_beside_this_run_and_stays_it(tmp_path: Path) -> None:
+    for name in ("old", "new", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name / "gradient_norms.csv").write_text("step,l2,l1\n0,4,4\n1,2,2\n2,1,1\n3,1,1\n4,2,2\n")
+    os.utime(tmp_path / "old" / "gradient_norms.csv", (1, 1))
+    mine = str(tmp_path / "mine")
+    schedule = refined(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 5, from_run="latest", folder=mine)
+    assert str(tmp_path / "new") in schedule.notes[0]
+    os.utime(tmp_path / "new" / "gradient_norms.csv", (0, 0))
+    again = refined(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 5, from_run="latest", folder=mine)
+    assert again.notes == schedule.notes
+
+
+def test_latest_without_any_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigurationError, match=r"gradient_norms\.csv"):
+        refined(
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
+            5,
+            from_run="latest",
+            folder=str(tmp_path / "mine"),
+        )

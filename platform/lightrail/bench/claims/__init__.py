@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> Document:
                 continue
             record[found.key] = found
             write_record(path, record)
-            outcome = found.refused or f"{found.mean:.4g} at lr {found.rate or 'of its own'}"
+            outcome = found.refused or f"{found.mean:.4g} at lr {found.lr or 'of its own'}"
             print(f"[{done}/{len(missing)}] {found.problem}  {found.method}  {outcome}", file=sys.stderr, flush=True)
     found = {key: record[key] for key in wanted if key in record}
     # What is of another code, or of no claim any more, is dropped with the next writing.

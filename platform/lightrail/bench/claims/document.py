@@ -94,7 +94,7 @@ class Document:
     def to_dict(self) -> dict[str, object]:
         """Figures as plain values."""
         return {
-            problem: {row.measured.method: {"lr": row.measured.rate, "verdict": row.verdict} for row in rows}
+            problem: {row.measured.method: {"lr": row.measured.lr, "verdict": row.verdict} for row in rows}
             for problem, rows in self.rows.items()
         }
 
@@ -137,7 +137,7 @@ def _line(row: Row) -> str:
     claim = f"{row.claim.sentence} ({_baseline(row.claim)})" if row.claim.sentence else ""
     if not measured.trials:
         return f"| {name} | | | | | {claim} | {row.verdict} |"
-    rate = f"{measured.rate:.3g}" if measured.rate is not None else "its own"
+    rate = f"{measured.lr:.3g}" if measured.lr is not None else "its own"
     finals = [trial.final for trial in measured.trials]
     loss = f"{_number(mean(finals))} ± {_number(stdev(finals))}" if _finite(finals) and len(finals) > 1 else "∞"
     if row.found is None or not row.claim.sentence:

@@ -51,6 +51,12 @@ class Measured:
         return f"{self.kind}/{self.problem}/{self.method}({options}{behind}{rate})@{self.source}"
 
     @property
+    def lr(self) -> float | None:
+        """The learning rate that was used: found, or given; ``None`` for a method that sets its own step size."""
+        given = self.options.get("lr", self.behind.get("lr"))
+        return given if self.rate is None and given is not None else self.rate
+
+    @property
     def mean(self) -> float:
         return mean(trial.final for trial in self.trials)
 
