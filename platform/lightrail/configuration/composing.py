@@ -90,6 +90,13 @@ def compose_with_hydra(tokens: Sequence[str], config_name: str, folders: Sequenc
         raise
     except MissingConfigException as error:
         raise _missing(error.missing_cfg_file, folders) from error
+    except TypeError as error:  # Hydra expects names in a list of choices, and adds whatever it finds to a path
+        raise ConfigurationError(
+            "a list of plugins holds something that is no name",
+            found=", ".join(token for token in tokens if "{" in token) or str(error),
+            allowed="names: '+transform=[sam,clip_norm]'",
+            remedy="Choose by name, and set options apart: transform.sam.rho=0.1.",
+        ) from error
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigurationError(
             "the configuration cannot be composed",

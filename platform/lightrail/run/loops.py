@@ -26,7 +26,7 @@ from lightrail.step.players import Game
 from lightrail.step.randomness import RandomState
 from lightrail.step.window import WindowLoop
 
-__all__ = ["EpochLoop", "FitLoop", "install_loops"]
+__all__ = ["EpochLoop", "FitLoop", "install_loops", "progress_of"]
 
 
 def install_loops(
@@ -63,6 +63,22 @@ def install_loops(
     fit_loop.epoch_loop = epoch_loop
     trainer.fit_loop = fit_loop
     return epoch_loop
+
+
+def progress_of(trainer: Trainer) -> tuple[float, float]:
+    """How far a run is and how far it goes: in optimizer steps, or in samples where steps differ in size.
+
+    Args:
+        trainer: Any trainer that is fitting.
+
+    Returns:
+        What is done, and the whole, which is infinite where nothing says.
+    """
+    windows = getattr(trainer.fit_loop, "windows", None)
+    if windows is None or windows.counts_steps:
+        whole = trainer.max_steps if windows is not None else trainer.estimated_stepping_batches
+        return trainer.global_step, whole if whole != -1 else math.inf
+    return windows.samples, windows.end
 
 
 class PositionedLoader(CombinedLoader):

@@ -19,7 +19,7 @@ from lightrail.files import copy_file
 from lightrail.run.folder import RunFolder
 from lightrail.run.interruption import Interruption
 from lightrail.run.logged_state import load_logged_state, logged_state
-from lightrail.run.loops import EpochLoop
+from lightrail.run.loops import EpochLoop, progress_of
 from lightrail.run.progress import Progress
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
 from lightrail.step.transform import has_evaluation_point
@@ -255,13 +255,8 @@ class Observation(Callback):
 
     def _total(self, trainer: Trainer) -> int | None:
         """Where progress ends, in steps, or in samples where steps differ in size."""
-        windows = self._windows
-        if windows is None:
-            steps = trainer.estimated_stepping_batches
-            return None if math.isinf(steps) else int(steps)
-        by_epochs = trainer.max_epochs * windows.data_size if trainer.max_epochs and trainer.max_epochs > 0 else None
-        bounds = [bound for bound in (by_epochs, windows.total_samples) if bound is not None]
-        return min(bounds) if bounds and trainer.max_steps == -1 else None
+        whole = math.inf if self._windows is not None and self._windows.counts_steps else progress_of(trainer)[1]
+        return None if math.isinf(whole) else int(whole)
 
     def _figures(self) -> dict[str, float]:
         """What the methods, the schedule, the batching and the callbacks say of themselves."""

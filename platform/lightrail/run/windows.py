@@ -53,6 +53,7 @@ class Windows:
         self.rank, self.world_size = 0, 1
         self.counts_steps = False  # where a number of steps is the horizon, rather than of samples
         self.is_open = False  # Lightning draws a batch when it sets up the data, before anything can be decided
+        self.end = math.inf  # in samples
         self.before_step: Callable[[], None] | None = None
         self._current: _MicroBatch | None = None
         self._planned: deque[_MicroBatch] = deque()  # decided, and not yet asked of the data
@@ -100,6 +101,7 @@ class Windows:
         by_epochs = None if epochs is None else epochs * self.data_size
         bounds = [bound for bound in (by_epochs, self.total_samples) if bound is not None]
         self.counts_steps = not bounds
+        self.end = min(bounds, default=math.inf)
         self.is_open = True
         extent = Extent(self.data_size, self.base, min(bounds) if bounds else None, scales_with_gradient)
         self.batching.begin(extent)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.options import at_least, between
-from lightrail.traits import Traits, traits_of
+from lightrail.traits import Claim, Traits, traits_of
 
 __all__ = ["EMA"]
 
@@ -58,6 +58,14 @@ class EMA(Callback):
     """
 
     traits: ClassVar[Traits] = Traits(
+        claim=Claim(
+            sentence="a cloned policy's cost in closed loop varies less from checkpoint to checkpoint",
+            baseline="sgd",
+            baseline_options={"lr": 0.03},
+            problems=("behaviour_cloning",),
+            options={"decay": 0.99},
+            tuned=False,
+        ),
         rule="a ← (1 − β_t) a + β_t x, β_t = max(1 − decay, t^−power or 9 / (9 + t)); a is evaluated, x is trained",
         paper="A. Block, D. J. Foster, A. Krishnamurthy, M. Simchowitz, C. Zhang, 2024, Butterfly Effects of SGD "
         "Noise: Error Amplification in Behavior Cloning and Autoregression",

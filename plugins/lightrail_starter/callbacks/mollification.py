@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.options import between, one_of, positive
+from lightrail.run.loops import progress_of
 from lightrail.traits import Traits
 
 __all__ = ["Mollification", "noise_power"]
@@ -112,11 +113,11 @@ class Mollification(Callback):
         self.schedule = schedule
         self.until = until
         self.noise = noise
-        self._steps = math.inf
+        self._whole = math.inf
         self._level = 0.0
         self._strategy: Any = None
 
-    def at(self, step: int, steps: float) -> tuple[float, float]:
+    def at(self, step: float, steps: float) -> tuple[float, float]:
         """What the inputs and what the noise are multiplied by.
 
         Args:
@@ -139,8 +140,8 @@ class Mollification(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.kind == "anneal":
-            self._steps = trainer.estimated_stepping_batches
-            if math.isinf(self._steps):
+            self._whole = progress_of(trainer)[1]
+            if math.isinf(self._whole):
                 raise CompositionError(
                     "callback 'mollification' has no horizon to anneal its noise over",
                     found=f"trainer.max_epochs={trainer.max_epochs} trainer.max_steps={trainer.max_steps}",
@@ -163,7 +164,9 @@ class Mollification(Callback):
         def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
             batch = plain(batch, *args, **kwargs)
             # As dropout does: where the module is in evaluation mode, a batch is only looked at.
-            return self._noisy(batch, trainer.global_step) if trainer.training and module.training else batch
+            if not (trainer.training and module.training):
+                return batch
+            return self._noisy(batch, progress_of(trainer)[0] if self.kind == "anneal" else 0)
 
         self._strategy, strategy.batch_to_device = strategy, batch_to_device
 
@@ -172,8 +175,8 @@ class Mollification(Callback):
             del self._strategy.batch_to_device
             self._strategy = None
 
-    def _noisy(self, batch: Any, step: int) -> Any:
-        keep, self._level = self.at(step, self._steps)
+    def _noisy(self, batch: Any, done: float) -> Any:
+        keep, self._level = self.at(done, self._whole)
         if self._level == 0:
             self._end()
             return batch

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.options import at_least, one_of
+from lightrail.run.loops import progress_of
 from lightrail.step.batches import leading_size
 from lightrail.step.curvature import extreme_eigenvalues, hessian_trace
 from lightrail.step.players import game_of
@@ -160,14 +161,14 @@ class StabilityProbe(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches if self.every is None else 0
-        if math.isinf(steps):
+        whole = progress_of(trainer)[1] if self.every is None else 0
+        if math.isinf(whole):
             raise _refusal(
                 "does not know how long the run is",
                 f"trainer.max_epochs={trainer.max_epochs} trainer.max_steps={trainer.max_steps}",
                 "a number of steps or epochs, or callback.stability_probe.every",
             )
-        self._interval = self.every or max(1, math.ceil(steps / TIMES))
+        self._interval = self.every or max(1, math.ceil(_steps(trainer, whole) / TIMES))
         self._probed, self._before, self._found = -1, [], {}
         with from_one_seed(), evaluating(pl_module):
             batch = self._batch if self._is_of_stream else _samples_of(trainer, self.samples)
@@ -238,6 +239,12 @@ class StabilityProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._is_of_stream = "batch" in state_dict
         self._batch = state_dict.get("batch")
+
+
+def _steps(trainer: Trainer, whole: float) -> float:
+    """The whole of a run in optimizer steps, as many as there would be if their size stayed what it is at first."""
+    windows = getattr(trainer.fit_loop, "windows", None)
+    return whole if windows is None or windows.counts_steps else whole / windows.base
 
 
 def _refusal(what: str, found: str, allowed: str) -> CompositionError:

@@ -38,12 +38,16 @@ class BehaviourCloning(Problem):
         rule="½ mean ‖W x − (K x + noise)‖² over 8 states a step; merit: mean ‖x‖² along x' = (A + B W) x, 100 steps"
     )
     passes = 2000
-    merit_name = "spread of the rollout's cost"
+    merit_name = "log10 of the spread of the rollout's cost"
 
     @classmethod
     def outcome(cls, merits: Sequence[float]) -> float:
-        """The standard deviation of the cost over the checkpoints of the second half."""
-        return stdev(merits[len(merits) // 2 :]) if len(merits) > 3 else math.inf
+        """The logarithm of the standard deviation of the cost over the checkpoints of the second half.
+
+        A logarithm, since a policy that falls over at one checkpoint has a spread many times that of one that does
+        not; a first comparison of the spreads themselves was one of such falls.
+        """
+        return math.log10(stdev(merits[len(merits) // 2 :])) if len(merits) > 3 else math.inf
 
     def __init__(self) -> None:
         self._a = RADIUS * torch.linalg.qr(torch.randn(STATES, STATES, dtype=torch.float64))[0]

@@ -100,24 +100,43 @@ class Document:
 
     def _head(self) -> list[str]:
         return [
-            f"# What {self.kind}s claim, and what was measured",
+            f"# What {_plural(self.kind)} claim, and what was measured",
             "",
             f"Made by `lightrail bench claims --kind {self.kind}`; not edited by hand.",
             "",
-            f"Each method tries {self.trials} learning rates on one seed (by decades from its own default, then by "
-            f"halves), a method that sets its own step size none. It then trains from {self.seeds} other seeds, on a "
-            "straight line to zero where it takes a schedule. Every trial spends the same number of forward-backward "
-            "passes: extra evaluations count, a Hessian-vector product counts as two.",
+            *(self._how_runs() if self.kind in ("callback", "batching") else self._how_loops()),
             "",
             "Options beside a method's name were chosen by hand to suit a problem of this size, some of them after a "
             "first run at the defaults, which the baselines were not offered; a verdict with options holds under "
-            "those options. Rates are chosen by the same validation loss that is compared, on another seed.",
+            "those options. Rates are chosen by the same figure that is compared, on another seed; where the claim is "
+            "about a given rate, none are tried.",
             "",
-            "*Steps* is the share of those passes after which the method reached the baseline's final loss; ∞ is "
-            "never. A difference counts as seen where it exceeds twice its standard error. Problems of this size "
+            "A difference counts as seen where it exceeds twice its standard error. Problems of this size "
             "decide nothing about large models: *cannot be seen* is an honest and frequent answer.",
             "",
-            f"![Final loss beside the baseline]({self.kind}.svg)",
+            f"![Outcome beside the baseline]({self.kind}.svg)",
+        ]
+
+    def _how_loops(self) -> list[str]:
+        is_behind = self.kind == "transform"
+        behind = " Transforms stand in front of the optimizer that is their baseline." if is_behind else ""
+        return [
+            f"Each method tries {self.trials} learning rates on one seed (by decades from its own default, then by "
+            f"halves), a method that sets its own step size none. It then trains from {self.seeds} other seeds, on a "
+            "straight line to zero where it takes a schedule. Every trial spends the same number of forward-backward "
+            f"passes: extra evaluations count, a Hessian-vector product counts as two.{behind}",
+            "",
+            "*Steps* is the share of those passes after which the method reached the baseline's final figure; ∞ is "
+            "never.",
+        ]
+
+    def _how_runs(self) -> list[str]:
+        return [
+            f"Each trial is a run of `train` over the same samples, from {self.seeds} seeds; where learning rates are "
+            f"tried, {self.trials} on another seed (by decades, then by halves).",
+            "",
+            "*Steps* is the share of the optimizer steps of the baseline's whole run after which the method reached "
+            "the baseline's final figure; ∞ is never.",
         ]
 
     def _table(self, problem: str) -> list[str]:
@@ -129,6 +148,10 @@ class Document:
             "|---|---|---|---|---|---|---|",
         ]
         return [*lines, *(_line(row) for row in self.rows[problem])]
+
+
+def _plural(kind: str) -> str:
+    return f"{kind}es" if kind.endswith("s") else f"{kind}s"
 
 
 def _line(row: Row) -> str:

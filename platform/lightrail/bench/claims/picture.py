@@ -52,7 +52,7 @@ def draw(document: Document, path: Path) -> None:
         parts = grid[place].subgridspec(len(column), 1, height_ratios=heights)
         for part, problem in enumerate(column):
             _panel(figure.add_subplot(parts[part]), problem, shown[problem])
-    figure.suptitle("final loss beside the baseline, one dot a seed; left is better", fontsize=9, x=0.01, ha="left")
+    figure.suptitle("outcome beside the baseline, one dot a seed; left is better", fontsize=9, x=0.01, ha="left")
     figure.supxlabel("green: the claim reproduces   red: it does not   grey: cannot be seen at this size", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(
