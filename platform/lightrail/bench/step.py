@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from statistics import mean, median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightrail.bench.table import Table
+from lightrail.bench.transforms import measure_transforms
 from lightrail.catalogue import available, load
-from lightrail.errors import UserError
-from lightrail.step import Closure, TransformedOptimizer
-from lightrail.testing.problems import Classifier
+from lightrail.step import Closure
 from lightrail.traits import traits_of
 
 __all__ = ["measure"]
@@ -42,7 +41,7 @@ def measure(options: argparse.Namespace) -> Table:
     torch.set_num_threads(1)
     table = Table(
         "time a step, 64-64-10 MLP, batch 32, one thread; an optimizer's update on the same parameters; a step behind "
-        "each transform, 1.3 M parameters, batch 128",
+        "each transform in a 6-512-512-3 MLP, batch 256",
         "us",
         f"medians of {rounds} rounds; each round times {_STEPS - _WARM} steps after {_WARM} of warm-up",
     )
@@ -52,7 +51,7 @@ def measure(options: argparse.Namespace) -> Table:
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             _measure_loops(table, rounds)
             _measure_optimizers(table, rounds)
-            _measure_transforms(table, rounds)
+            measure_transforms(table, rounds)
     finally:
         torch.set_num_threads(threads)
     return table
@@ -211,8 +210,9 @@ def _measure_optimizers(table: Table, rounds: int) -> None:
 
 
 def _is_elementwise(cls: Any) -> bool:
-    traits = traits_of(cls)
-    return not (traits.needs_parameter_names or traits.needs_second_derivatives or traits.needs_closure)
+    """Whether its update can be timed by itself: one gradient a step, sampled labels apart."""
+    traits = dataclasses.replace(traits_of(cls), needs_sampled_loss=False)
+    return not (traits.needs_parameter_names or traits.needs_whole_tensors or traits.evaluates_again)
 
 
 def _quadratic(params: list[Tensor]) -> Closure:
@@ -244,77 +244,3 @@ def _time_updates(
                 optimizer.step()
             samples[name].append(1e6 * (time.perf_counter() - began) / repeats)
     return samples
-
-
-class _Wide(Classifier):
-    """Three classes in a network large enough that a step is its evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__(widths=(1024, 1024))
-
-    def batch(self, step: int) -> Any:
-        generator = torch.Generator().manual_seed(step % 4)
-        targets = torch.randint(3, (128,), generator=generator)
-        return torch.randn(128, 6, generator=generator) + F.one_hot(targets, 6), targets
-
-    def sample_losses(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self.module(batch[0]), batch[1], reduction="none")
-
-
-def _measure_transforms(table: Table, rounds: int) -> None:
-    """A step behind each transform beside the plain step; and beside what its evaluations account for."""
-    plain = "plain step, AdamW, 1.3 M parameters"
-    names = [name for name in available("transform") if _is_measurable(name)]
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    accounted: dict[str, list[float]] = {name: [] for name in names}
-    plains: list[float] = []
-    for _ in range(rounds):
-        step, _, _ = _time_steps(None)
-        plains.append(step)
-        for name in names:
-            # Measured again beside each, since a busy machine does not stand still for a round.
-            step, evaluation, _ = _time_steps(None)
-            mine, _, extra = _time_steps(name)
-            samples[name].append(mine)
-            accounted[name].append(step + extra * evaluation)
-    table.add(plain, plains)
-    for name in names:
-        table.add(f"{name}, a step", samples[name], plain)
-        table.add(f"{name}, beside its evaluations", samples[name], "step and evaluations", 1.05, accounted[name])
-
-
-def _is_measurable(name: str) -> bool:
-    """Whether it can be built with its example on this problem."""
-    try:
-        _transformed(_Wide(), name)
-    except UserError:
-        return False
-    return True
-
-
-def _transformed(problem: _Wide, name: str | None) -> TransformedOptimizer:
-    transforms = []
-    if name is not None:
-        cls = load("transform", name)
-        transforms = [cls(**traits_of(cls).example)]
-        transforms[0].attach(problem.module)
-    return TransformedOptimizer(torch.optim.AdamW(problem.params, lr=1e-3), transforms)
-
-
-def _time_steps(name: str | None) -> tuple[float, float, float]:
-    """Microseconds a step, microseconds an evaluation that is not the first, and how many of those a step makes."""
-    problem = _Wide()
-    optimizer = _transformed(problem, name)
-    batches = [problem.batch(step) for step in range(4)]
-    times, evaluations, extra = [], [], []
-    for step in range(8):
-        closure = problem.closure(batches[step % 4])
-        began = time.perf_counter()
-        optimizer.step(closure)  # type: ignore[arg-type]
-        times.append(time.perf_counter() - began)
-        extra.append(closure.evaluations - 1)
-        if name is None:
-            began = time.perf_counter()
-            closure()
-            evaluations.append(time.perf_counter() - began)
-    return 1e6 * median(times[2:]), 1e6 * median(evaluations[2:] or [0.0]), mean(extra[2:])

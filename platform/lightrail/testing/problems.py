@@ -36,6 +36,8 @@ class Problem(ABC):
         sign: -1 turns the loss over, for methods that maximise.
     """
 
+    closure_class: type[Closure] = Closure
+
     def __init__(self, module: nn.Module, sign: int = 1) -> None:
         self.module = module
         self.sign = sign
@@ -103,7 +105,7 @@ class Problem(ABC):
 
     def closure(self, *batches: Batch) -> Closure:
         """A closure over one accumulation window."""
-        return Closure(
+        return self.closure_class(
             self.loss,
             self.params,
             *batches,
