@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightrail.errors import ClosureError, PluginError
+from lightrail.errors import ClosureError
 from lightrail.step import Closure, Transform
 from lightrail_optimizers.flat_vector import working_dtype
 from lightrail_optimizers.replaced_gradient import raw_gradient
@@ -25,26 +25,10 @@ __all__ = [
     "SampleRows",
     "conflicts",
     "gramian",
-    "missing_objectives_library",
 ]
 
 # Entries of J that are widened to double precision at a time: what a CPU's cache holds, or 32 MiB on an accelerator.
 _CPU_ENTRIES, _ACCELERATOR_ENTRIES = 1 << 16, 1 << 22
-
-
-def missing_objectives_library(plugin: str, error: ModuleNotFoundError) -> PluginError:
-    """The error for a library of the extra ``objectives`` that is not installed.
-
-    Args:
-        plugin: Who needs it, in the user's words, such as ``transform 'mgda'``.
-        error: What importing it raised.
-    """
-    return PluginError(
-        f"{plugin} needs an extra that is not installed",
-        found=f"no module named '{error.name}'",
-        allowed="lightrail with the extra objectives",
-        remedy="Run `pip install 'lightrail[objectives]'`, or choose transform 'upgrad', which needs none.",
-    )
 
 
 class Rows(ABC):

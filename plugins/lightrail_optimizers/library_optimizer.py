@@ -14,18 +14,19 @@ from lightrail_optimizers.tensorwise import MethodOptimizer
 __all__ = ["LibraryOptimizer", "missing_library"]
 
 
-def missing_library(plugin: str, error: ModuleNotFoundError) -> PluginError:
-    """The error for a library of the extra ``optimizers`` that is not installed.
+def missing_library(plugin: str, error: ModuleNotFoundError, extra: str = "optimizers") -> PluginError:
+    """The error for a library of an extra that is not installed.
 
     Args:
         plugin: Who needs it, in the user's words, such as ``optimizer 'soap'``.
         error: What importing it raised.
+        extra: The extra that brings it.
     """
     return PluginError(
         f"{plugin} needs an extra that is not installed",
         found=f"no module named '{error.name}'",
-        allowed="lightrail with the extra optimizers",
-        remedy="Run `pip install 'lightrail[optimizers]'`.",
+        allowed=f"lightrail with the extra {extra}",
+        remedy=f"Run `pip install 'lightrail[{extra}]'`.",
     )
 
 

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 """Trains under a batching on as many processes as asked, for comparison: ``ddp_batching_program.py FOLDER DEVICES``."""
 
 from __future__ import annotations

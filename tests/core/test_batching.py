@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 """How much data goes into a step over time: windows of changing size under Lightning, and what counts in samples."""
 
 from __future__ import annotations

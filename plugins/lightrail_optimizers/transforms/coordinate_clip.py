@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,14 +43,22 @@ def magnitude_quantile(g: Tensor, q: float) -> Tensor:
     magnitudes = magnitudes.to(torch.promote_types(g.dtype, torch.float32))
     position = q * (magnitudes.numel() - 1)
     low = math.floor(position)
-    below = magnitudes.kthvalue(low + 1).values
-    if low == position:
-        return below
+    below, above = _neighbours(magnitudes, low)
+    return below if low == position else below.lerp(above, position - low)
+
+
+def _neighbours(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The entries of the given rank, from 0, and of the next one; of the last rank twice."""
+    if a.device.type == "cpu":
+        # NumPy's selection is ten times as fast as torch's on a processor.
+        parted = torch.from_numpy(np.partition(a.numpy(), rank))
+        return parted[rank], parted[rank + 1 :].min() if rank + 1 < len(parted) else parted[rank]
+    below = a.kthvalue(rank + 1).values
     # The next rank holds the same value again, or else the least one above: no second selection is needed.
-    is_above = magnitudes > below
-    is_repeated = is_above.sum() < magnitudes.numel() - low - 1
-    above = torch.where(is_repeated, below, magnitudes.masked_fill_(~is_above, math.inf).min())
-    return below.lerp(above, position - low)
+    is_above = a > below
+    is_last = is_above.sum() == 0
+    is_repeated = is_above.sum() < a.numel() - rank - 1
+    return below, torch.where(is_repeated | is_last, below, a.masked_fill(~is_above, math.inf).min())
 
 
 class CoordinateClip(Transform):

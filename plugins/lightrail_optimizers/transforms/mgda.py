@@ -6,12 +6,13 @@ from torch import Tensor
 
 from lightrail.options import at_least, positive
 from lightrail.traits import Traits
-from lightrail_optimizers.jacobian_descent import JacobianDescent, missing_objectives_library
+from lightrail_optimizers.jacobian_descent import JacobianDescent
+from lightrail_optimizers.library_optimizer import missing_library
 
 try:
     from torchjd.aggregation import MGDAWeighting
 except ModuleNotFoundError as error:
-    raise missing_objectives_library("transform 'mgda'", error) from error
+    raise missing_library("transform 'mgda'", error, "objectives") from error
 
 __all__ = ["MGDA"]
 

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 """FAD: its objective's gradient on a quadratic, its reductions, and the loop written by hand."""
 
 from __future__ import annotations

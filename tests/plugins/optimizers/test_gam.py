@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """GAM: the published numbers, its reductions, and the loop written by hand, bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """A penalty on the gradient's norm: the exact gradient by autograd, the differences by hand, their reductions."""
 
 from __future__ import annotations

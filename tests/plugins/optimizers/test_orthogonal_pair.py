@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """The pair of a main objective and what of an auxiliary one is orthogonal to it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """SAM: equal to the hand-written loop bit for bit, whatever else the loop does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """The problem of sharpness: its merit is the top eigenvalue, and what has not learnt yet is not flat."""
 
 from __future__ import annotations

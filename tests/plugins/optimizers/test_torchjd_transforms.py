@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
 """MGDA, PCGrad and CAGrad: weights worked out by hand, the problems that they solve, and the library they come from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
 """UPGrad and instance-wise risk minimization: no step is against any objective, and nothing is lost on the way."""
 
 from __future__ import annotations
