@@ -160,6 +160,12 @@ def test_steps_have_the_sizes_that_are_asked_for_and_an_epoch_sees_every_sample_
     assert "val_loss" in result.metrics
 
 
+def test_a_small_rest_joins_the_last_step(tmp_path: Path) -> None:
+    run = compose(tmp_path, "batching=constant", "batching.batch_size=32", "data.size=70", "trainer.max_epochs=1")
+    run.execute()
+    assert run.task.sizes == [32, 38]
+
+
 def test_a_step_that_does_not_fit_is_accumulated_and_is_the_same_step(tmp_path: Path) -> None:
     ends = []
     for micro_batch in (64, 20, 5):

@@ -21,6 +21,7 @@ __all__ = ["Windows"]
 
 _ON_A_PROCESSOR = 8  # times data.batch_size at once: nobody can be asked how much memory is left
 _KEPT_FREE = 0.1  # of an accelerator's memory
+_JOINED = 0.25  # a rest of less than this share of a step joins the last one: a few samples make a wild gradient
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class Windows:
         own = math.ceil(max(portion.samples, 1) / self.world_size)
         if self.total_samples is not None:
             own = min(own, max(1, math.ceil((self.total_samples - samples) / self.world_size)))
-        own = min(own, left)
+        if own >= left or left - own < own * _JOINED:
+            own = left
         count = math.ceil(own / min(own, self._at_once()))
         size = math.ceil(own / count)
         sizes = [size] * count if size * count <= left else _evenly(own, count)

@@ -36,7 +36,8 @@ class Portion:
     """The data of one optimizer step.
 
     Args:
-        samples: How many, over all ranks and micro-batches; rounded up to what divides evenly among them.
+        samples: How many, over all ranks and micro-batches; rounded up to what divides evenly among them. At the end of
+            an epoch a step has what is left, and a rest of less than a quarter of a step joins the one before.
         shape: What :meth:`Batching.reshape` is told: shares of the inputs' own sizes; ``None`` to leave them.
         lr_factor: What the learning rate is multiplied by for this step.
     """

@@ -62,7 +62,7 @@ class Evaluation:
         self._batches = batches
         self._states: list[RandomState | None] = [None] * len(batches)
         self._has_run = False
-        self._share = 1.0  # of the window that a question is about
+        self._share: float = 1  # of the window that a question is about
 
     def _set_players(self, players: Mapping[str, Sequence[Tensor]] | None, in_turn: bool) -> None:
         self._players = {name: list(params) for name, params in (players or {}).items()}

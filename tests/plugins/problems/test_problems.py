@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from lightrail.bench.claims import Problem
+from lightrail import compose
+from lightrail.bench.claims import Problem, RunProblem
 from lightrail.catalogue import available, load
 
-NAMES = available("problem")
+RUNS = [name for name in available("problem") if issubclass(load("problem", name), RunProblem)]
+NAMES = [name for name in available("problem") if name not in RUNS]
 
 
 def made(name: str, seed: int = 1) -> Problem:
@@ -64,3 +68,12 @@ def test_the_least_logistic_loss_has_no_gradient() -> None:
     with torch.no_grad():
         problem._w.copy_(u / scale)
     assert abs(problem.merit()) < 1e-8
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_as_long_as_it_says(name: str, tmp_path: Path) -> None:
+    cls = load("problem", name)
+    run = compose([*cls.overrides, "logger=[csv]", "trainer.accelerator=cpu", f"run.root={tmp_path}"])
+    result = run.execute(show_progress=False)
+    assert result.summary["steps"] == cls.passes
+    assert cls.metric in result.metrics
