@@ -233,9 +233,15 @@ class Windows:
         if self.batching.micro_batch is not None:
             return self.batching.micro_batch
         own = self.base // self.world_size
-        if torch.cuda.is_available():
-            return self._most_at_once or own
-        return _ON_A_PROCESSOR * own
+        if not torch.cuda.is_available():
+            return _ON_A_PROCESSOR * own
+        most = self._most_at_once or own
+        if self.world_size > 1:
+            # Ranks whose windows had different numbers of micro-batches would wait for each other for ever.
+            agreed = torch.tensor(most, device="cuda")
+            torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
+            most = int(agreed)
+        return most
 
     def _measure_memory(self, size: int) -> None:
         """How many samples an accelerator would hold, from what those so far have taken."""
