@@ -26,7 +26,20 @@ def main() -> None:
     run.task.net[2].p = 0.0  # masks are drawn rank by rank
     run.execute(show_progress=False)
     rank = os.environ.get("LOCAL_RANK", "0")
+    shuffled = compose(
+        folder / f"shuffled-{devices}",
+        "batching=constant",
+        "batching.batch_size=8",
+        f"data.batch_size={8 // devices}",
+        "data.size=32",
+        "data.shuffle=true",
+        "trainer.max_epochs=2",
+        f"trainer.devices={devices}",
+        f"trainer.strategy={'ddp' if devices > 1 else 'auto'}",
+    )
+    shuffled.execute(show_progress=False)
     found = {
+        "seen": shuffled.task.seen,
         "sizes": run.task.sizes,
         "asked": run.batching.asked,
         "windows": run.batching.windows,

@@ -72,10 +72,12 @@ class Module(LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
         self.sizes: list[int] = []
         self.rates: list[float] = []
+        self.seen: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         if torch.is_grad_enabled():
             self.sizes.append(len(batch[0]))
+            self.seen += batch[0][:, 0].tolist()
         return {"loss": F.cross_entropy(self.net(batch[0]), batch[1])}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -345,3 +347,8 @@ def test_two_processes_share_a_step(tmp_path: Path) -> None:
         assert rank["windows"] == alone["windows"]
         for a, b in zip(rank["weights"], alone["weights"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    # Shuffled: the ranks share the samples of an epoch, and no epoch has the order of another.
+    halves = [rank["seen"] for rank in ranks]
+    for first, last in ((0, 16), (16, 32)):
+        assert sorted(halves[0][first:last] + halves[1][first:last]) == sorted(Table(32, 0.0).x[:, 0].tolist())
+    assert halves[0][:16] != halves[0][16:]

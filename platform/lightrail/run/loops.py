@@ -120,7 +120,9 @@ class _PositionedSource:
     def dataloader(self) -> PositionedLoader:
         loader: Any = self._source.dataloader()
         if self._windows is not None:
-            loader = self._windows.take(loader, self._trainer.global_rank, self._trainer.world_size)
+            trainer = self._trainer
+            device = trainer.strategy.root_device
+            loader = self._windows.take(loader, trainer.global_rank, trainer.world_size, device)
         if isinstance(loader, CombinedLoader):
             return PositionedLoader(loader.iterables, mode=cast(Any, loader._mode))
         return PositionedLoader(loader, "max_size_cycle")

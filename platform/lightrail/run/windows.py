@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -64,11 +65,18 @@ class Windows:
         self._epoch_began: RandomState | None = None
         self._resumed: dict[str, Any] | None = None
         self._most_at_once: int | None = None
+        self._device = torch.device("cpu")
 
     # Joining a run.
 
-    def take(self, loader: Any, rank: int, world_size: int) -> Windows:
+    def take(self, loader: Any, rank: int, world_size: int, device: torch.device) -> Windows:
         """Takes the place of the loader of the training data.
+
+        Args:
+            loader: The loader.
+            rank: Of this process.
+            world_size: How many there are.
+            device: Where this rank trains: whose memory decides what is evaluated at once.
 
         Raises:
             CompositionError: Its samples cannot be chosen one by one.
@@ -81,12 +89,13 @@ class Windows:
                 allowed="a torch DataLoader over a map-style dataset, with batch_size and without a batch_sampler",
                 remedy="Leave batching out, or return such a DataLoader from train_dataloader.",
             )
-        self._loader, self.rank, self.world_size = loader, rank, world_size
+        self._loader, self.rank, self.world_size, self._device = loader, rank, world_size, device
         sampler: Any = loader.sampler
         if world_size > 1 and isinstance(sampler, RandomSampler | SequentialSampler):
-            sampler = DistributedSampler(
-                loader.dataset, world_size, rank, shuffle=isinstance(sampler, RandomSampler), seed=0
-            )
+            # Seeded as Lightning seeds its own: by the run.
+            seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+            shuffles = isinstance(sampler, RandomSampler)
+            sampler = DistributedSampler(loader.dataset, world_size, rank, shuffle=shuffles, seed=seed)
         self._sampler = sampler
         self.data_size = len(sampler) * world_size
         self.base = int(loader.batch_size or 1) * world_size
@@ -149,10 +158,10 @@ class Windows:
 
     # Loading.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Another order on every rank, the same permutation on all."""
-        if isinstance(self._sampler, DistributedSampler):
-            self._sampler.set_epoch(epoch)
+    @property
+    def sampler(self) -> Any:
+        """Where the order of the samples comes from; Lightning looks for it here to tell it the epoch."""
+        return self._sampler
 
     def __iter__(self) -> Iterator[Any]:
         if not self.is_open:
@@ -233,26 +242,27 @@ class Windows:
         if self.batching.micro_batch is not None:
             return self.batching.micro_batch
         own = self.base // self.world_size
-        if not torch.cuda.is_available():
+        if self._device.type != "cuda":
             return _ON_A_PROCESSOR * own
         most = self._most_at_once or own
         if self.world_size > 1:
             # Ranks whose windows had different numbers of micro-batches would wait for each other for ever.
-            agreed = torch.tensor(most, device="cuda")
+            agreed = torch.tensor(most, device=self._device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
             most = int(agreed)
         return most
 
     def _measure_memory(self, size: int) -> None:
         """How many samples an accelerator would hold, from what those so far have taken."""
-        if self.batching.micro_batch is not None or not torch.cuda.is_available():
+        device = self._device
+        if self.batching.micro_batch is not None or device.type != "cuda":
             return
-        free, total = torch.cuda.mem_get_info()
-        standing, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info(device)
+        standing, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         if peak > standing and self.steps:
-            room = free + torch.cuda.memory_reserved() - standing - _KEPT_FREE * total
+            room = free + torch.cuda.memory_reserved(device) - standing - _KEPT_FREE * total
             self._most_at_once = max(self.base // self.world_size, int(room / ((peak - standing) / size)))
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
 
     # Saving.
 
