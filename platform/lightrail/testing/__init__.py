@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightrail.testing.batching import BatchingSuite
     from lightrail.testing.data import DataSuite
     from lightrail.testing.installed import Case, installed_cases
     from lightrail.testing.model import ModelSuite
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightrail.testing.transform import TransformSuite
 
 __all__ = [
+    "BatchingSuite",
     "Case",
     "DataSuite",
     "ModelSuite",
@@ -44,6 +46,7 @@ _HOMES = {
     "NotApplicable": "suite",
     "OptimizerSuite": "optimizer",
     "Outcome": "suite",
+    "BatchingSuite": "batching",
     "ScheduleSuite": "schedule",
     "Suite": "suite",
     "TaskSuite": "task",

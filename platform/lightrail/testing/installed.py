@@ -18,6 +18,7 @@ SUITES = {
     "optimizer": "lightrail.testing.optimizer:OptimizerSuite",
     "transform": "lightrail.testing.transform:TransformSuite",
     "schedule": "lightrail.testing.schedule:ScheduleSuite",
+    "batching": "lightrail.testing.batching:BatchingSuite",
     "task": "lightrail.testing.task:TaskSuite",
     "data": "lightrail.testing.data:DataSuite",
     "model": "lightrail.testing.model:ModelSuite",
