@@ -92,9 +92,16 @@ class Doubling(Batching):
 
     traits = Traits(watches_gradient=True)
 
-    def __init__(self, first: int = 8, most: int = 64, micro_batch: int | None = None, scales: bool = False) -> None:
+    def __init__(
+        self,
+        first: int = 8,
+        most: int = 64,
+        micro_batch: int | None = None,
+        scales: bool = False,
+        reacts: bool = False,
+    ) -> None:
         super().__init__(micro_batch)
-        self.first, self.most, self.scales = first, most, scales
+        self.first, self.most, self.scales, self.reacts = first, most, scales, reacts
         self.norms: list[float] = []
         self.windows: list[int] = []
         self.extent: Extent | None = None
@@ -106,6 +113,8 @@ class Doubling(Batching):
     def next(self, samples: int, step: int) -> Portion:
         self.asked.append((samples, step))
         size = min(self.most, self.first * 2 ** (step // 2))
+        if self.reacts:  # to what it has seen by now, which is less where workers draw ahead
+            size = self.first + len(self.norms)
         return Portion(size, lr_factor=size / self.first if self.scales else 1.0)
 
     def observe(self, params: list[Tensor], closure: Closure) -> None:
@@ -162,6 +171,13 @@ def test_steps_have_the_sizes_that_are_asked_for_and_an_epoch_sees_every_sample_
     assert "val_loss" in result.metrics
 
 
+def test_steps_of_changing_numbers_of_micro_batches_end_where_they_should(tmp_path: Path) -> None:
+    run = compose(tmp_path, f"batching={__name__}.Doubling", "batching.micro_batch=8", "trainer.max_epochs=1")
+    run.execute()
+    assert run.batching.windows == [8, 8, 16, 16, 32, 20]
+    assert run.task.sizes == [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7, 7, 6]
+
+
 def test_a_small_rest_joins_the_last_step(tmp_path: Path) -> None:
     run = compose(tmp_path, "batching=constant", "batching.batch_size=32", "data.size=70", "trainer.max_epochs=1")
     run.execute()
@@ -205,14 +221,14 @@ def test_accumulation_by_a_batching_equals_the_trainers(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "stop"), [(0, 4), (0, 8), (2, 4)])
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, workers: int, stop: int) -> None:
     class Stop(Exception):
         pass
 
     class StopAt(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == 8:
+            if trainer.global_step == stop:
                 raise Stop
 
     options = (
@@ -225,8 +241,8 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, workers
         "trainer.max_epochs=3",
         "trainer.checkpoint_every=1",
     )
-    if workers:
-        options = (*options[:3], "data.noise=0", *options[4:])  # workers that are started again draw other noise
+    if workers:  # those that are started again would draw other noise
+        options = (*options[:3], "data.noise=0", *options[4:], "batching.reacts=true")
     whole = compose(tmp_path / "whole", *options)
     expected = whole.execute()
     stopped = compose(tmp_path / "stopped", *options)

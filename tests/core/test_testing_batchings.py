@@ -92,7 +92,7 @@ class LogsText(Sound):
 
 def failed(plugin: type[Batching]) -> set[str]:
     outcomes = {name_of(check): examine(check, plugin) for check in BatchingSuite.checks}
-    return {name for name, outcome in outcomes.items() if outcome.status == "failed"}
+    return {name for name, outcome in outcomes.items() if outcome.state == "failed"}
 
 
 def test_a_sound_batching_passes() -> None:
