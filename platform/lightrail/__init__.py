@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightrail.catalogue import available, load
     from lightrail.errors import LightrailError, UserError
+    from lightrail.generation import Denoiser, Sampler, SamplerWrapper, TimeGrid
+    from lightrail.generation.search import Search
+    from lightrail.generation.text import TokenSampler
     from lightrail.run import Result, Run, compose
     from lightrail.step import Batching, Closure, CombinedOptimizer, Extent, Portion, Transform, TransformedOptimizer
     from lightrail.traits import Claim, Peer, Traits
@@ -22,12 +25,18 @@ __all__ = [
     "Claim",
     "Closure",
     "CombinedOptimizer",
+    "Denoiser",
     "Extent",
     "LightrailError",
     "Peer",
     "Portion",
     "Result",
     "Run",
+    "Sampler",
+    "SamplerWrapper",
+    "Search",
+    "TimeGrid",
+    "TokenSampler",
     "Traits",
     "Transform",
     "TransformedOptimizer",
@@ -42,12 +51,18 @@ _HOMES = {
     "Claim": "lightrail.traits",
     "Closure": "lightrail.step",
     "CombinedOptimizer": "lightrail.step",
+    "Denoiser": "lightrail.generation",
     "Extent": "lightrail.step",
     "LightrailError": "lightrail.errors",
     "Peer": "lightrail.traits",
     "Portion": "lightrail.step",
     "Result": "lightrail.run",
     "Run": "lightrail.run",
+    "Sampler": "lightrail.generation",
+    "SamplerWrapper": "lightrail.generation",
+    "Search": "lightrail.generation.search",
+    "TimeGrid": "lightrail.generation",
+    "TokenSampler": "lightrail.generation.text",
     "Traits": "lightrail.traits",
     "Transform": "lightrail.step",
     "TransformedOptimizer": "lightrail.step",

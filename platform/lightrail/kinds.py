@@ -11,6 +11,7 @@ from dataclasses import dataclass
 __all__ = ["KINDS", "Kind"]
 
 ENTRY_POINT_PREFIX = "lightrail."
+GENERATING = ("generate", "search")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,19 @@ KINDS: dict[str, Kind] = {
             supplied=("rebuild",),
         ),
         Kind("batching", "a lightrail.Batching: how much data goes into a step over time", base="Batching"),
-        Kind("sampler", "a solver of the generative process", commands=("generate",)),
-        Kind("sampler_wrapper", "what is put around the solver", many=True, commands=("generate",)),
-        Kind("guidance", "what steers the prediction", many=True, commands=("generate",)),
+        Kind("denoiser", "a lightrail.Denoiser: what is sampled", base="Denoiser", commands=GENERATING),
+        Kind("sampler", "a lightrail.Sampler or TokenSampler: a solver of the generative process", commands=GENERATING),
+        Kind(
+            "sampler_wrapper",
+            "what is put around the solver",
+            many=True,
+            base="SamplerWrapper",
+            supplied=("sampler", "denoiser"),
+            commands=GENERATING,
+        ),
+        Kind("time_grid", "a lightrail.TimeGrid: the times that the solver visits", base="TimeGrid", commands=GENERATING),
+        Kind("guidance", "what steers the prediction", many=True, commands=GENERATING),
+        Kind("search", "a lightrail.Search: fits a schedule or statistics for later runs", commands=("search",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),
         Kind("federated", "a wrapper: takes a run, returns a run"),
         Kind("callback", "a Lightning Callback", many=True, base="Callback"),

@@ -85,7 +85,9 @@ class Traits:
         sets_step_size: Chooses its own learning rate, so that a schedule would fight it.
         has_evaluation_point: Trains and evaluates at different parameters; offers ``eval()`` and ``train()``.
         is_stochastic: Draws random numbers of its own.
-        order: Convergence order of a solver.
+        order: Convergence order of a solver, once its history is filled.
+        is_invertible: A sampler that can be run from data to noise.
+        needs_predictions: The forms that a sampler asks of a model: data, noise, velocity, flow or score.
         example: Options under which the conformance suites build and run it.
         exceptions: Conformance checks that it does not pass, each with the reason.
         peers: The same method elsewhere, for ``lightrail bench optimizers``.
@@ -115,6 +117,8 @@ class Traits:
     has_evaluation_point: bool = False
     is_stochastic: bool = False
     order: int | None = None
+    is_invertible: bool = False
+    needs_predictions: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
     peers: tuple[Peer, ...] = ()

@@ -1,0 +1,49 @@
+"""Generation: noise paths, denoisers, time grids and the contract of samplers."""
+
+from lightrail.generation.denoiser import Condition, Denoiser, Generated
+from lightrail.generation.evaluator import Evaluator
+from lightrail.generation.gaussian_mixture import GaussianMixture
+from lightrail.generation.noise import Noise
+from lightrail.generation.noise_path import (
+    CosineVP,
+    KarrasVE,
+    Level,
+    LinearFlow,
+    LinearVP,
+    NoisePath,
+    TableVP,
+    VariancePreserving,
+)
+from lightrail.generation.prediction import Prediction
+from lightrail.generation.sampler import Predict, Sampler, SamplerWrapper, State, weighted_sum
+from lightrail.generation.sampling import Sampled, check_fit, invert, sample
+from lightrail.generation.time_grid import Grid, TimeGrid
+
+__all__ = [
+    "Condition",
+    "CosineVP",
+    "Denoiser",
+    "Evaluator",
+    "GaussianMixture",
+    "Generated",
+    "Grid",
+    "KarrasVE",
+    "Level",
+    "LinearFlow",
+    "LinearVP",
+    "Noise",
+    "NoisePath",
+    "Predict",
+    "Prediction",
+    "Sampled",
+    "Sampler",
+    "SamplerWrapper",
+    "State",
+    "TableVP",
+    "TimeGrid",
+    "VariancePreserving",
+    "check_fit",
+    "invert",
+    "sample",
+    "weighted_sum",
+]

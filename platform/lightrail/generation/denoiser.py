@@ -1,0 +1,169 @@
+"""A denoiser: a network on a noise path, with what is asked of it and what its samples are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightrail.errors import CompositionError
+from lightrail.generation.noise import Noise
+from lightrail.generation.noise_path import Level, NoisePath
+from lightrail.generation.prediction import Prediction
+from lightrail.traits import Traits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightrail.generation.time_grid import Grid
+
+__all__ = ["Condition", "Denoiser", "Generated"]
+
+Condition = Mapping[str, Any]
+"""What steers a batch, by name: ``label`` ``[B]``, an embedding ``[B, …]``; anything else is for the whole batch."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples with how they came about, on the CPU.
+
+    Args:
+        samples: In the user's units, as :meth:`Denoiser.decode` gives them, ``[N, …]``.
+        start: The states that they came from, ``[N, *shape]``.
+        condition: What they were steered by, one row each.
+        grid: The levels that were visited; ``None`` where they are not known.
+    """
+
+    samples: Tensor
+    start: Tensor
+    condition: Condition | None = None
+    grid: Grid | None = None
+
+
+class Denoiser(ABC):
+    """A network on a noise path; what samplers, guidance and ``generate`` know of a generative model.
+
+    Subclasses write :meth:`output` and set ``path``, ``form`` and ``shape``.
+
+    Attributes:
+        path: The noise path that the network was trained on.
+        form: What the network's output is: data, noise, velocity, flow or score.
+        shape: Of one state, ``(channels, height, width)`` or ``(features,)``.
+        dtype: Of the state; the network's own by default.
+        device: Where the network is.
+        gives: The forms that can be had of it; one that learned from other than Gaussian noise has no noise or score.
+        classes: How many labels it knows; 0 for none.
+    """
+
+    traits: ClassVar[Traits] = Traits()
+    path: NoisePath
+    form: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    gives: tuple[str, ...] = ("data", "noise", "velocity", "flow", "score")
+    classes: int = 0
+
+    @abstractmethod
+    def output(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """What the network says, ``[B, *shape]`` in the form :attr:`form`.
+
+        Args:
+            x: The state ``[B, *shape]``.
+            t: The time of each sample on the path, ``[B]`` float64.
+            condition: What it is steered by; ``None`` for nothing.
+        """
+
+    def predict(
+        self, x: Tensor, level: Level, condition: Condition | None = None, network_time: Tensor | float | None = None
+    ) -> Prediction:
+        """One evaluation.
+
+        Args:
+            x: The state ``[B, *shape]``.
+            level: Its level of noise, one for all or one a sample.
+            condition: What steers it.
+            network_time: The time that the network is told, where it is not the level's.
+        """
+        time = level.t if network_time is None else network_time
+        times = torch.as_tensor(time, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
+        return Prediction(x, level, self.form, self.output(x, times, condition).to(x.dtype))
+
+    def start(self, noise: Noise, level: Level) -> Tensor:
+        """The states that sampling starts from, ``[B, *shape]``."""
+        return noise.normal(-1) * self.path.starting_scale(level)
+
+    def condition(self, request: Mapping[str, Any], indices: Sequence[int]) -> Condition | None:
+        """What the user asked for, for these samples.
+
+        Args:
+            request: The ``generate`` group: ``label`` (a number, a list to go through in turn, or ``None`` for all
+                classes in turn), ``prompt``, ….
+            indices: Which samples.
+        """
+        if not self.classes:
+            if request.get("label") is not None:
+                raise CompositionError(
+                    "this model knows no classes",
+                    found=f"generate.label={request['label']}",
+                    allowed="generate.label=null",
+                    remedy="Leave generate.label out, or train with a model of classes (model.num_classes).",
+                )
+            return None
+        wanted = request.get("label")
+        labels = list(range(self.classes)) if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
+        for label in labels:
+            if not 0 <= label < self.classes:
+                raise CompositionError(
+                    f"there is no class {label}",
+                    found=f"generate.label={wanted}",
+                    allowed=f"0 to {self.classes - 1}",
+                    remedy="Choose labels within that range.",
+                )
+        return {"label": torch.tensor([labels[i % len(labels)] for i in indices], device=self.device)}
+
+    def unconditional(self, condition: Condition | None) -> Condition | None:
+        """The condition that says nothing, for guidance; ``None`` where the network takes that for it."""
+        return None
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The samples in the user's own units, ``[B, …]``: pixels in [0, 1], points as in the data."""
+        return x
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """The states of samples: undoes :meth:`decode`."""
+        return samples
+
+    def measure(self, generated: Generated) -> dict[str, float]:
+        """How good all the samples of a generation are, by name."""
+        return {}
+
+    def figures(self, generated: Generated) -> dict[str, Figure]:
+        """Pictures for the report; where there is none of ``samples``, states of images are drawn as a grid."""
+        return {}
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean ``[n]`` and covariance ``[n, n]`` of the data as states, float64; n is the size of a state.
+
+        Raises:
+            CompositionError: Nothing is known of the data.
+        """
+        raise CompositionError(
+            f"{type(self).__name__} does not know its data",
+            found="no mean and covariance of the data",
+            allowed="a trained run, whose data are known, or denoiser=gaussian_mixture",
+            remedy="Leave out what needs the data's moments, or generate from the run: generate run=FOLDER.",
+        )
+
+    def fingerprint(self) -> str:
+        """A digest of the weights, by which what was fitted for this model is known again."""
+        raise CompositionError(
+            f"{type(self).__name__} has no fingerprint",
+            found="no digest of its weights",
+            allowed="a denoiser with fingerprint()",
+            remedy="Add fingerprint() to it.",
+        )

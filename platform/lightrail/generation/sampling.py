@@ -1,0 +1,120 @@
+"""Sampling: one batch from noise to data, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightrail.errors import CompositionError
+from lightrail.generation.denoiser import Condition, Denoiser
+from lightrail.generation.evaluator import Evaluator
+from lightrail.generation.noise import Noise
+from lightrail.generation.sampler import Sampler, State
+from lightrail.generation.time_grid import Grid
+from lightrail.traits import traits_of
+
+__all__ = ["Sampled", "check_fit", "invert", "sample"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A batch of samples.
+
+    Args:
+        x: The states at the end, ``[B, *shape]``, not decoded.
+        start: Those that it began with.
+        evaluations: How often the network was asked for each sample.
+    """
+
+    x: Tensor
+    start: Tensor
+    evaluations: int
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    grid: Grid,
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    condition: Condition | None = None,
+    start: Tensor | None = None,
+    after_step: Callable[[State], State] | None = None,
+) -> Sampled:
+    """Draws samples; the same seed and index give the same sample in any batch.
+
+    Args:
+        denoiser: The network on its path.
+        sampler: The solver, with wrappers where there are some.
+        grid: The levels it visits: ``sampler.grid(denoiser.path, time_grid)``.
+        indices: Which samples, one whole number from 0 each.
+        seed: Of the whole generation.
+        condition: What steers them, one row each.
+        start: Where to start, ``[B, *shape]`` at ``grid[0]``; drawn where it is not given.
+        after_step: Sees the state after each step and may change it.
+
+    Example:
+        >>> from lightrail.catalogue import load
+        >>> from lightrail.generation import GaussianMixture, sample
+        >>> mixture, sampler = GaussianMixture(), load("sampler", "ddim")(steps=50)
+        >>> grid = sampler.grid(mixture.path, load("time_grid", sampler.grid_name)())
+        >>> tuple(sample(mixture, sampler, grid, range(8), seed=1).x.shape)
+        (8, 2)
+    """
+    noise = Noise(seed, indices, denoiser.shape, denoiser.dtype, denoiser.device)
+    x = denoiser.start(noise, grid[0]) if start is None else start
+    evaluator = Evaluator(denoiser, condition)
+    state = sampler.solve(sampler.start(x, noise, grid), evaluator, grid, after_step)
+    return Sampled(state.x, x, evaluator.evaluations)
+
+
+@torch.no_grad()
+def invert(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    grid: Grid,
+    x: Tensor,
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    condition: Condition | None = None,
+) -> Sampled:
+    """Runs samples back to the noise that they would have come from.
+
+    Args:
+        denoiser: The network on its path.
+        sampler: A sampler with an inverse.
+        grid: The levels, as for :func:`sample`.
+        x: The states at ``grid[-1]``, ``[B, *shape]``.
+        indices: Which samples.
+        seed: Of the whole generation.
+        condition: What steers them.
+
+    Raises:
+        CompositionError: The sampler cannot be run backwards.
+    """
+    noise = Noise(seed, indices, denoiser.shape, denoiser.dtype, denoiser.device)
+    evaluator = Evaluator(denoiser, condition)
+    state = sampler.invert(State(x, noise, index=grid.steps), evaluator, grid)
+    return Sampled(state.x, x, evaluator.evaluations)
+
+
+def check_fit(denoiser: Denoiser, sampler: Sampler) -> None:
+    """Whether the network can give what the sampler asks.
+
+    Raises:
+        CompositionError: It cannot.
+    """
+    lacking = [form for form in traits_of(type(sampler)).needs_predictions if form not in denoiser.gives]
+    if lacking:
+        raise CompositionError(
+            f"{type(sampler).__name__} needs the {lacking[0]} prediction, which this model cannot give",
+            found=f"a model that gives {', '.join(denoiser.gives)}",
+            allowed=f"a model that gives {', '.join(traits_of(type(sampler)).needs_predictions)}",
+            remedy="Choose a sampler that asks for what the model gives: flow_heun works with a flow.",
+        )

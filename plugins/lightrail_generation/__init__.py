@@ -1,0 +1,1 @@
+"""Generative tasks and models, samplers, time grids, and what measures samples."""

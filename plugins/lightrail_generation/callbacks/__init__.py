@@ -1,0 +1,1 @@
+"""What watches a generative model while it trains."""

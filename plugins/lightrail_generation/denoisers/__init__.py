@@ -1,0 +1,1 @@
+"""Denoisers beside those of trained runs."""

@@ -1,0 +1,1 @@
+"""Networks that take a noisy state, a time and a label."""

@@ -1,0 +1,1 @@
+"""Samplers: solvers of the generative process."""

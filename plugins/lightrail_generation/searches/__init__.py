@@ -1,0 +1,1 @@
+"""Searches: schedules and statistics fitted for later runs."""

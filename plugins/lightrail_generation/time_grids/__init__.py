@@ -1,0 +1,1 @@
+"""Time grids: the times that a solver visits."""
