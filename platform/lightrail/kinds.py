@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
             supplied=("sampler", "denoiser"),
             commands=GENERATING,
         ),
-        Kind("time_grid", "a lightrail.TimeGrid: the times that the solver visits", base="TimeGrid", commands=GENERATING),
+        Kind("time_grid", "a lightrail.TimeGrid: the times that it visits", base="TimeGrid", commands=GENERATING),
         Kind("guidance", "what steers the prediction", many=True, commands=GENERATING),
         Kind("search", "a lightrail.Search: fits a schedule or statistics for later runs", commands=("search",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),

@@ -17,6 +17,9 @@ from lightrail.generation.prediction import Prediction
 from lightrail.traits import Traits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightning.pytorch import LightningDataModule
     from matplotlib.figure import Figure
 
     from lightrail.generation.time_grid import Grid
@@ -145,6 +148,14 @@ class Denoiser(ABC):
     def figures(self, generated: Generated) -> dict[str, Figure]:
         """Pictures for the report; where there is none of ``samples``, states of images are drawn as a grid."""
         return {}
+
+    def attach(self, data: LightningDataModule | None, folder: Path | None) -> None:
+        """Shows where the model comes from, once, before anything is sampled.
+
+        Args:
+            data: What it was trained on.
+            folder: The folder of the run that trained it.
+        """
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean ``[n]`` and covariance ``[n, n]`` of the data as states, float64; n is the size of a state.

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from lightrail.generation.prediction import Prediction
 from lightrail.generation.time_grid import Grid, TimeGrid
 from lightrail.options import at_least
 from lightrail.traits import Traits
+
+if TYPE_CHECKING:
+    from lightrail.generation.denoiser import Denoiser
 
 __all__ = ["Predict", "Sampler", "SamplerWrapper", "State", "weighted_sum"]
 
@@ -124,6 +127,13 @@ class Sampler(ABC):
             )
         self.steps = steps
 
+    def prepare(self, denoiser: Denoiser) -> None:
+        """Sees the model once, before anything is sampled: reads what was fitted for it, or refuses it.
+
+        Args:
+            denoiser: The network on its path.
+        """
+
     def grid(self, path: NoisePath, times: TimeGrid) -> Grid:
         """The levels that it visits; a method that counts its steps differently overrides this.
 
@@ -204,6 +214,9 @@ class SamplerWrapper(Sampler):
         self.grid_name = sampler.grid_name
         self.needs_finite_start = sampler.needs_finite_start
         super().__init__(sampler.steps)
+
+    def prepare(self, denoiser: Denoiser) -> None:
+        self.sampler.prepare(denoiser)
 
     def grid(self, path: NoisePath, times: TimeGrid) -> Grid:
         return self.sampler.grid(path, times)
