@@ -149,7 +149,7 @@ class Denoiser(ABC):
         """Pictures for the report; where there is none of ``samples``, states of images are drawn as a grid."""
         return {}
 
-    def attach(self, data: LightningDataModule | None, folder: Path | None) -> None:
+    def attach(self, data: LightningDataModule | None, folder: Path | None) -> None:  # noqa: B027
         """Shows where the model comes from, once, before anything is sampled.
 
         Args:

@@ -127,7 +127,7 @@ class Sampler(ABC):
             )
         self.steps = steps
 
-    def prepare(self, denoiser: Denoiser) -> None:
+    def prepare(self, denoiser: Denoiser) -> None:  # noqa: B027
         """Sees the model once, before anything is sampled: reads what was fitted for it, or refuses it.
 
         Args:
