@@ -82,7 +82,14 @@ KINDS: dict[str, Kind] = {
         Kind("federated", "a wrapper: takes a run, returns a run"),
         Kind("callback", "a Lightning Callback", many=True, base="Callback"),
         Kind("metric", "a torchmetrics Metric", many=True, base="Metric"),
-        Kind("logger", "a Lightning Logger", many=True, base="Logger", supplied=("folder",)),
+        Kind(
+            "logger",
+            "a Lightning Logger",
+            many=True,
+            base="Logger",
+            supplied=("folder",),
+            commands=("train", *GENERATING),
+        ),
         Kind(
             "problem",
             "a lightrail.bench.claims.Problem: small enough to train many times over",

@@ -19,7 +19,7 @@ __all__ = ["candidates", "main"]
 
 _FLAGS = {
     "train": ("--cfg", "--config-dir", "--help", "--multirun", "--version"),
-    "generate": ("--help",),
+    "generate": ("--cfg", "--config-dir", "--help", "--version"),
 }
 _COMMANDS = ("bench", "completion", "plugins", "--help", "--version")
 

@@ -30,7 +30,16 @@ Usage: train [-m] [--config-dir FOLDER] [KIND=NAME | KEY=VALUE]…
   train --cfg …                            show the whole configuration and do nothing
 """,
     "generate": """\
-Usage: generate run=FOLDER [KIND=NAME | KEY=VALUE]…
+Usage: generate [run=FOLDER|latest | denoiser=NAME] [KIND=NAME | KEY=VALUE]…
+
+  generate run=latest                                 samples of the newest run, by a sampler that suits it
+  generate run=latest +sampler=NAME sampler.steps=10  another sampler
+  generate run=latest generate.label=3                samples of one class
+  generate run=latest generate.prompt="…"             text, from the run of a language model
+  generate denoiser=gaussian_mixture +sampler=NAME    the exact test bed, with the sampler's error
+  generate denoiser=diffusers denoiser.path=FOLDER    a pipeline on disk
+  generate run.resume=latest                          go on with a generation that was interrupted
+  generate --cfg …                                    show the whole configuration and do nothing
 """,
 }
 

@@ -54,7 +54,31 @@ def _is_devices(value: Any) -> bool:
     return accepts({"is": "int"}, value) and (value >= 1 or value == -1)
 
 
+def _is_label(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(accepts({"is": "int"}, each) and each >= 0 for each in value)
+    return value is None or (accepts({"is": "int"}, value) and value >= 0)
+
+
 _YES_OR_NO = OwnKey(lambda value: isinstance(value, bool), "true or false")
+
+GENERATION: Mapping[str, OwnKey] = {
+    "seed": _whole(0),
+    "run.from": _text(null=True),
+    "run.root": _text(),
+    "run.name": _text(null=True),
+    "run.resume": _text(null=True),
+    "generate.count": _whole(1),
+    "generate.batch_size": _whole(1),
+    "generate.label": OwnKey(_is_label, "a class from 0, a list of classes, or null"),
+    "generate.prompt": _text(null=True),
+    "generate.length": _whole(1),
+    "generate.invert": _text(null=True),
+    "generate.devices": OwnKey(
+        lambda value: value == "auto" or (accepts({"is": "int"}, value) and value >= 1), "at least 1, or auto"
+    ),
+    "generate.accelerator": _word("auto", "cpu", "gpu", "cuda", "mps"),
+}
 
 OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
     "train": {
@@ -74,5 +98,6 @@ OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
         "trainer.checkpoint_every": _whole(1, null=True),
         "trainer.strategy": _text(),
     },
-    "generate": {"seed": _whole(0), "run": _text(null=True)},
+    "generate": GENERATION,
+    "search": GENERATION,
 }

@@ -60,6 +60,7 @@ class Denoiser(ABC):
         device: Where the network is.
         gives: The forms that can be had of it; one that learned from other than Gaussian noise has no noise or score.
         classes: How many labels it knows; 0 for none.
+        sampler_name: The sampler where the user names none.
     """
 
     traits: ClassVar[Traits] = Traits()
@@ -70,6 +71,7 @@ class Denoiser(ABC):
     device: torch.device = torch.device("cpu")
     gives: tuple[str, ...] = ("data", "noise", "velocity", "flow", "score")
     classes: int = 0
+    sampler_name: str = "dpm_solver_pp"
 
     @abstractmethod
     def output(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
@@ -148,6 +150,11 @@ class Denoiser(ABC):
     def figures(self, generated: Generated) -> dict[str, Figure]:
         """Pictures for the report; where there is none of ``samples``, states of images are drawn as a grid."""
         return {}
+
+    def to(self, device: torch.device) -> Denoiser:
+        """Moves the network to a device; one that needs more than the attribute overrides this."""
+        self.device = device
+        return self
 
     def attach(self, data: LightningDataModule | None, folder: Path | None) -> None:  # noqa: B027
         """Shows where the model comes from, once, before anything is sampled.

@@ -107,17 +107,16 @@ class GaussianMixture(Denoiser):
         return Prediction(x.double(), level, "data", data).get(self.form)
 
     def _data(self, x: Tensor, alpha: Tensor, sigma: Tensor, condition: Condition | None) -> Tensor:
-        variances = alpha**2 * self.variances + sigma**2  # [B, K]
-        offsets = x[:, None] - alpha[:, :, None] * self.means  # [B, K, n]
+        m, w, v = (each.to(x.device) for each in (self.means, self.weights, self.variances))
+        variances = alpha**2 * v + sigma**2  # [B, K]
+        offsets = x[:, None] - alpha[:, :, None] * m  # [B, K, n]
         log_weights = (
-            self.weights.log()
-            - 0.5 * offsets.square().sum(-1) / variances
-            - 0.5 * self.means.shape[1] * (2 * math.pi * variances).log()
+            w.log() - 0.5 * offsets.square().sum(-1) / variances - 0.5 * m.shape[1] * (2 * math.pi * variances).log()
         )
         if condition is not None:
             chosen = torch.nn.functional.one_hot(condition["label"], self.classes).bool()
             log_weights = log_weights.masked_fill(~chosen, -math.inf)
-        means = self.means + (alpha * self.variances / variances)[..., None] * offsets
+        means = m + (alpha * v / variances)[..., None] * offsets
         return (log_weights.softmax(-1)[..., None] * means).sum(1)
 
     def log_density(self, x: Tensor, t: float) -> Tensor:

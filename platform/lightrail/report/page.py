@@ -20,7 +20,7 @@ __all__ = ["write_report"]
 
 # A browser then fetches nothing and runs nothing, whatever a name or a configuration holds.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-LINKED = ("metrics.csv", "summary.json", "config.yaml", "lock.json")
+LINKED = ("metrics.csv", "summary.json", "config.yaml", "lock.json", "samples.png", "texts.txt")
 
 
 def write_report(folder: str | Path, *, figures: Mapping[str, Figure] | None = None) -> Path:
@@ -58,8 +58,9 @@ def _page(record: RunRecord, figures: Mapping[str, Figure]) -> str:
         sections.heading(record),
         sections.notes(record),
         sections.cards(record),
-        _section("Curves", curve_pictures(record)),
-        _section("Figures", figure_pictures(figures)),
+        _section("Curves", "" if record.is_generation else curve_pictures(record)),
+        _section("Samples" if record.is_generation else "Figures", figure_pictures(figures)),
+        _section("Texts", sections.texts(record)),
         _section("Composition", sections.composition(record)),
         _section("The run", sections.facts(record)),
         _section("Configuration", sections.configuration(record)),

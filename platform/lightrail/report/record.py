@@ -62,6 +62,11 @@ class RunRecord:
         )
 
     @property
+    def is_generation(self) -> bool:
+        """Whether it is of samples that were drawn rather than of a model that was trained."""
+        return self.summary.get("command") == "generate"
+
+    @property
     def name(self) -> str:
         return str(self.summary.get("name") or self.folder.resolve().name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from html import escape
@@ -10,7 +11,7 @@ from typing import Any
 from lightrail.report.record import RunRecord
 from lightrail.report.wording import STAGES, by_base, duration, monitored, number, size, stage_and_base, title
 
-__all__ = ["cards", "composition", "configuration", "facts", "heading", "notes"]
+__all__ = ["cards", "composition", "configuration", "facts", "heading", "notes", "texts"]
 
 _YAML_KEY = re.compile(r"^(\s*(?:- )*)([\w.$/@-]+)(:)(?=\s|$)", re.MULTILINE)
 
@@ -52,6 +53,16 @@ def _card(base: str, values: Mapping[str, float], *, is_chosen: bool) -> str:
         + (f'<div class="others">{others}</div>' if others else "")
         + "</div>\n"
     )
+
+
+def texts(record: RunRecord) -> str:
+    """What a language model wrote, each text after its prompt."""
+    try:
+        content = json.loads((record.folder / "texts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    prompt = escape(str(content.get("prompt", "")))
+    return "".join(f'<pre class="text"><b>{prompt}</b>{escape(str(text))}</pre>' for text in content.get("texts", ()))
 
 
 def composition(record: RunRecord) -> str:
@@ -102,6 +113,10 @@ def facts(record: RunRecord) -> str:
         "Commit": _commit(lock.get("git")),
         "Wall time": _text(None if wall_time is None else duration(wall_time)),
         "Device": _text(summary.get("device")),
+        "Model": _code(summary.get("model")),
+        "Samples": _text(None if (count := summary.get("samples")) is None else number(count)),
+        "Evaluations a sample": _text(None if (count := summary.get("evaluations")) is None else number(count)),
+        "Sampling time": _text(None if (spent := summary.get("sampling_seconds")) is None else duration(spent)),
         "Steps": _text(None if steps is None else number(steps)),
         "Epochs": _text(None if epochs is None else number(epochs)),
         "Parameters": _text(None if (count := summary.get("parameters")) is None else number(count)),

@@ -76,15 +76,26 @@ def duration(seconds: object) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+_SIZES = (
+    ("samples", "sample"),
+    ("tokens", "token"),
+    ("evaluations", "evaluation"),
+    ("steps", "step"),
+    ("epochs", "epoch"),
+    ("wall_time", ""),
+    ("parameters", "parameter"),
+)
+
+
 def size(summary: Mapping[str, object]) -> list[str]:
-    """Steps, epochs, time, parameters and device, as far as a summary holds them, each with its unit.
+    """Samples, steps, epochs, time, parameters and the like, as far as a summary holds them, each with its unit.
 
     Example:
         >>> size({"steps": 1080, "epochs": 1, "wall_time": 12.34, "device": "cpu"})
         ['1,080 steps', '1 epoch', '12.3 s', 'cpu']
     """
     facts = []
-    for key, unit in (("steps", "step"), ("epochs", "epoch"), ("wall_time", ""), ("parameters", "parameter")):
+    for key, unit in _SIZES:
         value = summary.get(key)
         if value is None:
             continue

@@ -58,13 +58,14 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     @classmethod
-    def create(cls, root: Path, name: str | None, title: str) -> RunFolder:
+    def create(cls, root: Path, name: str | None, title: str, *, bare: bool = False) -> RunFolder:
         """Makes a new folder under ``root``.
 
         Args:
             root: Where run folders go.
             name: The folder's name; ``None`` for the time and ``title``.
             title: What distinguishes the run: data, model, optimizer.
+            bare: Whether the folder needs no place for checkpoints.
 
         Raises:
             RunFolderError: The folder exists already or cannot be made.
@@ -74,7 +75,8 @@ class RunFolder:
             path = root / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
             try:
                 path.mkdir(parents=True, exist_ok=False)
-                (path / "checkpoints").mkdir()
+                if not bare:
+                    (path / "checkpoints").mkdir()
                 return cls(path.resolve())
             except FileExistsError as error:
                 # A name that the user chose is never changed in silence; the time is only a suggestion.

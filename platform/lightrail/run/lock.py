@@ -23,8 +23,13 @@ __all__ = ["check_lock", "lock_of"]
 _SHAPING_KINDS = ("task", "model", "optimizer", "transform", "privacy", "federated")
 
 
-def lock_of(composition: Composition) -> dict[str, Any]:
-    """The lock of a composition: plain values only."""
+def lock_of(composition: Composition, command: str = "train") -> dict[str, Any]:
+    """The lock of a composition: plain values only.
+
+    Args:
+        composition: What was composed.
+        command: The command that was typed.
+    """
     return {
         "core": __version__,
         "python": platform.python_version(),
@@ -32,7 +37,7 @@ def lock_of(composition: Composition) -> dict[str, Any]:
         "lightning": version("lightning"),
         "git": _git(Path.cwd()),
         "seed": composition.config.seed,
-        "command": command_of(composition.overrides),
+        "command": command_of(composition.overrides, command),
         "overrides": list(composition.overrides),
         "config": fingerprint(composition.config),
         "plugins": [
@@ -49,9 +54,9 @@ def lock_of(composition: Composition) -> dict[str, Any]:
     }
 
 
-def command_of(overrides: Sequence[str]) -> str:
+def command_of(overrides: Sequence[str], command: str = "train") -> str:
     """The command that makes this run again, quoted for a shell."""
-    return shlex.join(["train", *(o.removeprefix("++") for o in overrides)])
+    return shlex.join([command, *(o.removeprefix("++") for o in overrides)])
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,20 @@ class LanguageModeling(LightningModule):
             labels = torch.multinomial(self._softmax_logits(logits).softmax(-1), 1, generator=generator)[:, 0]
         return self.loss_fn(logits, labels)
 
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, V]`` of the byte after ``tokens`` ``[B, T]``, of which the model sees its context at most."""
+        context = getattr(self.model, "context", None)
+        seen = tokens if context is None else tokens[:, -context:]
+        return self._softmax_logits(self.model(seen.to(self.device))[:, -1])
+
+    def encode_text(self, text: str) -> Tensor:
+        """The bytes ``[T]`` of a text; of an empty one a line break, which any text may follow."""
+        return torch.tensor(list((text or "\n").encode()), dtype=torch.long)
+
+    def decode_text(self, tokens: Tensor) -> str:
+        """The text of bytes ``[T]``; what is no character stands as a replacement."""
+        return bytes(tokens.tolist()).decode(errors="replace")
+
     @torch.no_grad()
     def continue_text(self, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
         """Samples what comes next.

@@ -1,0 +1,129 @@
+"""What a generation leaves behind: summary, pictures, report, and what is logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightrail.generation.composed import Generation
+from lightrail.generation.denoiser import Generated
+
+if TYPE_CHECKING:
+    from lightrail.run.folder import RunFolder
+
+__all__ = ["GenerationRecord", "GenerationResult"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation gave.
+
+    Args:
+        folder: Its folder.
+        summary: What ``summary.json`` holds.
+        samples: In the user's units, one row a sample; ``None`` for text.
+        text: What a language model wrote, without the prompt; ``None`` for samples.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    samples: Tensor | None = None
+    text: tuple[str, ...] | None = None
+
+
+class GenerationRecord:
+    """What is written about a generation when it ends, however it ends.
+
+    Args:
+        generation: What samples.
+        folder: Where it is written.
+        began: When it began, on the monotonic clock.
+        notes: What its reader should know.
+    """
+
+    def __init__(self, generation: Generation, folder: RunFolder, began: float, notes: list[str]) -> None:
+        self._generation = generation
+        self._folder = folder
+        self._began = began
+        self._notes = notes
+
+    def samples(self, generated: Generated, evaluations: int, seconds: float) -> GenerationResult:
+        """Measures and shows samples that are finished.
+
+        Args:
+            generated: All of them.
+            evaluations: How often the network was asked for each.
+            seconds: How long all batches took together.
+        """
+        from lightrail.generation.pictures import sample_figures, save_picture
+
+        denoiser = self._generation.denoiser
+        is_inverted = self._generation.request["invert"] is not None
+        metrics = {} if is_inverted else denoiser.measure(generated)
+        figures = sample_figures(denoiser, generated)
+        picture = save_picture(figures, generated, self._folder.path)
+        count = len(generated.samples)
+        measured = {"samples": count, "evaluations": evaluations, "sampling_seconds": round(seconds, 3)}
+        summary = self.write("finished", metrics, figures=figures, **measured)
+        self._log({**metrics, **measured, "samples_per_second": count / seconds}, picture)
+        return GenerationResult(self._folder.path, summary, samples=generated.samples)
+
+    def texts(self, texts: Sequence[str]) -> GenerationResult:
+        """Keeps texts that are finished."""
+        prompt = self._generation.request["prompt"] or ""
+        content = {"prompt": prompt, "texts": list(texts)}
+        self._folder.write_json(self._folder.path / "texts.json", content)
+        self._folder.write_text(self._folder.path / "texts.txt", "\n\n".join(prompt + text for text in texts) + "\n")
+        seconds = time.monotonic() - self._began
+        tokens = len(texts) * int(self._generation.request["length"])
+        summary = self.write("finished", {}, samples=len(texts), tokens=tokens, sampling_seconds=round(seconds, 3))
+        self._log({"samples": len(texts), "tokens": tokens}, None)
+        return GenerationResult(self._folder.path, summary, text=tuple(texts))
+
+    def write(
+        self, status: str, metrics: Mapping[str, float], *, figures: Any = None, **measured: Any
+    ) -> dict[str, Any]:
+        from lightrail.report import write_report
+
+        generation = self._generation
+        summary = {
+            "name": self._folder.path.name,
+            "command": "generate",
+            "status": status,
+            "metrics": dict(metrics),
+            **measured,
+            "wall_time": round(time.monotonic() - self._began, 3),
+            "device": str(getattr(generation.model, "device", "cpu")),
+            "model": None if generation.trained is None else str(generation.trained.checkpoint),
+            "notes": self._notes,
+        }
+        self._folder.write_json(self._folder.summary, summary)
+        write_report(self._folder.path, figures=figures or {})
+        return summary
+
+    def _log(self, values: Mapping[str, float], picture: Path | None) -> None:
+        from omegaconf import OmegaConf
+
+        for make in _loggers(self._generation):
+            logger = make(str(self._folder.path))
+            logger.log_hyperparams(OmegaConf.to_container(self._generation.composition.config, resolve=True))
+            logger.log_metrics(dict(values), 0)
+            if picture is not None and callable(log_image := getattr(logger, "log_image", None)):
+                log_image("samples", [str(picture)], step=0)
+            if callable(close := getattr(logger, "close", None)):
+                close()
+
+
+def _loggers(generation: Generation) -> list[Callable[[str], Any]]:
+    from lightrail.catalogue import import_target
+    from lightrail.run.build import make
+    from lightrail.run.resolve import Resolved
+
+    chosen = [each for each in generation.composition.chosen if each.kind == "logger"]
+    resolved = Resolved({}, {each.path: import_target(each.target) for each in chosen}, ())
+    return [lambda folder, each=each: make(resolved, each, {"folder": folder}) for each in chosen]
