@@ -24,7 +24,7 @@ def fine_levels(path: NoisePath, levels: Sequence[Level], evaluations: int) -> l
     Args:
         path: The noise path.
         levels: Falling, at least two.
-        evaluations: About how many parts in all, shared by length in λ; an interval has at least 4.
+        evaluations: About how many parts in all, shared by length in λ.
 
     Returns:
         One list an interval, from its own first level to its last.
@@ -37,7 +37,7 @@ def fine_levels(path: NoisePath, levels: Sequence[Level], evaluations: int) -> l
     left = evaluations - share * sum(math.isinf(length) for length in lengths)
     parts: list[list[Level]] = []
     for length, end, (here, there) in zip(lengths, ends, pairwise(levels), strict=True):
-        count = max(4, round(share if math.isinf(length) else left * length / finite)) if length > 0 else 1
+        count = max(1, round(share if math.isinf(length) else left * length / finite)) if length > 0 else 1
         if math.isinf(length):
             inner = [path.level(here.t + (end.t - here.t) * i / count) for i in range(1, count)]
         else:

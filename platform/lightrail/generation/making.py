@@ -16,7 +16,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError, DataError, Interrupted
 from lightrail.generation.composed import Generation, compose_generation, device_of
 from lightrail.generation.denoiser import Generated
-from lightrail.generation.sample_files import Batch, SampleFiles, read_samples, shares
+from lightrail.generation.sample_files import Batch, SampleFiles, read_samples
 from lightrail.generation.sampler import State
 from lightrail.generation.sampling import invert, sample
 
@@ -59,7 +59,7 @@ def make_samples(
     devices = min(_devices(request), len(pending))
     meter = _Meter(generation, pending, enabled=show_progress)
     if devices > 1:
-        _on_devices(devices, words, config_dirs, files, count, meter, interruption)
+        _on_devices(devices, words, config_dirs, files, pending, meter, interruption)
     else:
         _make(generation, files, pending, meter, interruption)
     meter.close()
@@ -182,15 +182,19 @@ def _on_devices(
     words: Sequence[str],
     config_dirs: Sequence[str | Path],
     files: SampleFiles,
-    count: int,
+    pending: Sequence[range],
     meter: _Meter,
     interruption: Interruption,
 ) -> None:
     """One process a device; each takes every so-manieth batch."""
     before = len(files.done())
     context = torch.multiprocessing.get_context("spawn")
-    arguments = (devices, list(words), [str(each) for each in config_dirs], files.folder, count)
-    workers = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(devices)]
+    arguments = (list(words), [str(each) for each in config_dirs], files.folder)
+    # Who makes what is settled here: a process that starts late would find other batches pending.
+    workers = [
+        context.Process(target=_work, args=(rank, devices, list(pending[rank::devices]), *arguments))
+        for rank in range(devices)
+    ]
     for worker in workers:
         worker.start()
     asked = False
@@ -212,7 +216,7 @@ def _on_devices(
         )
 
 
-def _work(rank: int, world: int, words: list[str], config_dirs: list[str], folder: Path, count: int) -> None:
+def _work(rank: int, world: int, pending: list[range], words: list[str], config_dirs: list[str], folder: Path) -> None:
     """What one process does."""
     from lightrail.command import reporting_errors
     from lightrail.run.interruption import Interruption
@@ -225,8 +229,6 @@ def _work(rank: int, world: int, words: list[str], config_dirs: list[str], folde
         generation = compose_generation(words, config_dirs=config_dirs)
         device = device_of(str(generation.request["accelerator"]), rank)
         generation = dataclasses.replace(generation, model=generation.denoiser.to(device))
-        files = SampleFiles(folder)
-        mine = shares(files.pending(count, int(generation.request["batch_size"])), rank, world)
-        _make(generation, files, mine, _Meter(generation, mine, enabled=False), interruption)
+        _make(generation, SampleFiles(folder), pending, _Meter(generation, pending, enabled=False), interruption)
     if outcome.status:
         sys.exit(outcome.status)

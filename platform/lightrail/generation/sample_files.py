@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def read_samples(path: Path) -> dict[str, Tensor]:
     file = path / "samples.safetensors" if path.is_dir() else path
     try:
         tensors = load_file(file)
-    except (OSError, ValueError, json.JSONDecodeError, Exception) as error:
+    except Exception as error:  # safetensors has an exception of its own for every way a file can be broken
         raise DataError(
             f"{file} cannot be read",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
@@ -135,8 +134,3 @@ def read_samples(path: Path) -> dict[str, Tensor]:
             remedy="Name a samples.safetensors that `generate` wrote.",
         )
     return tensors
-
-
-def shares(batches: Sequence[range], rank: int, world: int) -> list[range]:
-    """The batches of one of several devices."""
-    return list(batches[rank::world])

@@ -111,6 +111,17 @@ class Wandb(Logger):
             # The step is a metric: W&B's own counter would drop what a resumed run logs for the second time.
             self._run.log({**metrics, **({} if step is None else {STEP: step})})
 
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Logs pictures, as files or arrays, under one name; starts the W&B run where nothing has."""
+        if self._run is None and self._mode != "disabled":
+            self._run = self._start()
+        if self._run is not None:
+            import wandb
+
+            shown = [wandb.Image(each) for each in images]
+            self._run.log({key: shown, **({} if step is None else {STEP: step})})
+
     def _start(self) -> Any:
         import wandb.errors
 
