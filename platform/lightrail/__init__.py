@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightrail.catalogue import available, load
     from lightrail.errors import LightrailError, UserError
-    from lightrail.generation import Denoiser, Sampler, SamplerWrapper, TimeGrid
+    from lightrail.generation import Denoiser, Guidance, Sampler, SamplerWrapper, TimeGrid
     from lightrail.generation.search import Search
     from lightrail.generation.text import TokenSampler
     from lightrail.run import Result, Run, compose
@@ -27,6 +27,7 @@ __all__ = [
     "CombinedOptimizer",
     "Denoiser",
     "Extent",
+    "Guidance",
     "LightrailError",
     "Peer",
     "Portion",
@@ -53,6 +54,7 @@ _HOMES = {
     "CombinedOptimizer": "lightrail.step",
     "Denoiser": "lightrail.generation",
     "Extent": "lightrail.step",
+    "Guidance": "lightrail.generation",
     "LightrailError": "lightrail.errors",
     "Peer": "lightrail.traits",
     "Portion": "lightrail.step",

@@ -76,7 +76,9 @@ KINDS: dict[str, Kind] = {
             commands=GENERATING,
         ),
         Kind("time_grid", "a lightrail.TimeGrid: the times that it visits", base="TimeGrid", commands=GENERATING),
-        Kind("guidance", "what steers the prediction", many=True, commands=GENERATING),
+        Kind(
+            "guidance", "a lightrail.Guidance: what steers a sampler", many=True, base="Guidance", commands=GENERATING
+        ),
         Kind("search", "a lightrail.Search: fits a schedule or statistics for later runs", commands=("search",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),
         Kind("federated", "a wrapper: takes a run, returns a run"),

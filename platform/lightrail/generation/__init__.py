@@ -3,6 +3,7 @@
 from lightrail.generation.denoiser import Condition, Denoiser, Generated
 from lightrail.generation.evaluator import Evaluator
 from lightrail.generation.gaussian_mixture import GaussianMixture
+from lightrail.generation.guidance import Guidance, Moment
 from lightrail.generation.noise import Noise
 from lightrail.generation.noise_path import (
     CosineVP,
@@ -27,10 +28,12 @@ __all__ = [
     "GaussianMixture",
     "Generated",
     "Grid",
+    "Guidance",
     "KarrasVE",
     "Level",
     "LinearFlow",
     "LinearVP",
+    "Moment",
     "Noise",
     "NoisePath",
     "Predict",

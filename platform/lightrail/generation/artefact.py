@@ -19,6 +19,7 @@ from lightrail.generation.noise_path import NoisePath
 
 if TYPE_CHECKING:
     from lightrail.generation.denoiser import Denoiser
+    from lightrail.generation.time_grid import Grid
 
 __all__ = ["Artefact", "path_key"]
 
@@ -134,6 +135,23 @@ class Artefact:
             raise self._misfit("noise path", wanted, found, "a model on the noise path that it was found on")
         if steps is not None and steps != self.key["steps"]:
             raise self._misfit("number of steps", self.key["steps"], steps, f"sampler.steps={self.key['steps']}")
+
+    def check_grid(self, grid: Grid) -> None:
+        """Whether it was found on this time grid.
+
+        Args:
+            grid: The levels that are to be visited.
+
+        Raises:
+            CompositionError: It was found on another.
+        """
+        wanted = self.key["grid"]
+        if len(wanted) != len(grid) or any(
+            not math.isclose(level.t, t, rel_tol=1e-6, abs_tol=1e-9) for level, t in zip(grid, wanted, strict=True)
+        ):
+            found = ", ".join(f"{level.t:.4g}" for level in grid)
+            known = ", ".join(f"{t:.4g}" for t in wanted)
+            raise self._misfit("time grid", f"t = {known}", f"t = {found}", "the time grid that it was found on")
 
     def _misfit(self, what: str, wanted: object, found: object, allowed: str) -> CompositionError:
         return CompositionError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrail.errors import CompositionError
 from lightrail.generation.denoiser import Denoiser
+from lightrail.generation.guidance import Guidance
 from lightrail.generation.sampler import Sampler, SamplerWrapper
 from lightrail.generation.sampling import check_fit
 from lightrail.generation.text import TextModel, TokenSampler
@@ -40,6 +41,7 @@ class Generation:
         request: The ``generate`` group.
         seed: Of everything that is drawn.
         trained: The run that trained the model, where there is one.
+        guidance: What steers the samples, in order.
         notes: What was decided for the user, one sentence each.
     """
 
@@ -51,6 +53,7 @@ class Generation:
     request: Mapping[str, Any]
     seed: int
     trained: TrainedRun | None
+    guidance: tuple[Guidance, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,7 +127,8 @@ def compose_generation(
     check_fit(model, sampler)
     sampler.prepare(model)
     grid = sampler.grid(model.path, times)
-    return _generation(composition, model, sampler, times, grid, trained, chosen)
+    made = _generation(composition, model, sampler, times, grid, trained, chosen)
+    return dataclasses.replace(made, guidance=_guidance(resolved, model))
 
 
 def _generation(
@@ -141,7 +145,7 @@ def _generation(
     request: Any = OmegaConf.to_container(composition.config.generate, resolve=True)
     notes = tuple(f"{each.replace('=', ': ')}, which suits the model" for each in chosen)
     seed = int(composition.config.seed)
-    return Generation(composition, model, sampler, times, grid, request, seed, trained, notes)
+    return Generation(composition, model, sampler, times, grid, request, seed, trained, notes=notes)
 
 
 def _with(
@@ -245,6 +249,24 @@ def _sampler(resolved: Resolved, model: Denoiser | TextModel) -> Sampler | Token
                 remedy="Leave it out, or let it extend lightrail.SamplerWrapper.",
             )
     return sampler
+
+
+def _guidance(resolved: Resolved, model: Denoiser) -> tuple[Guidance, ...]:
+    from lightrail.run.build import make
+
+    chain = []
+    for each in resolved.chosen.get("guidance", ()):
+        guidance = make(resolved, each)
+        if not isinstance(guidance, Guidance):
+            raise CompositionError(
+                f"guidance '{each.name}' is not a lightrail.Guidance",
+                found=type(guidance).__name__,
+                allowed="a class that extends lightrail.Guidance",
+                remedy="Leave it out, or let it extend lightrail.Guidance.",
+            )
+        guidance.prepare(model)
+        chain.append(guidance)
+    return tuple(chain)
 
 
 def _refuse_for_text(resolved: Resolved) -> None:

@@ -98,6 +98,35 @@ class Denoiser(ABC):
         times = torch.as_tensor(time, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
         return Prediction(x, level, self.form, self.output(x, times, condition).to(x.dtype))
 
+    def predict_each(
+        self,
+        x: Tensor,
+        level: Level,
+        conditions: Sequence[Condition | None],
+        network_time: Tensor | float | None = None,
+    ) -> list[Prediction]:
+        """The prediction under each of several conditions, in one call of the network where they are alike.
+
+        Args:
+            x: The state ``[B, *shape]``.
+            level: Its level of noise.
+            conditions: Each for the whole batch.
+            network_time: The time that the network is told, where it is not the level's.
+        """
+        first = conditions[0]
+        are_alike = all(
+            (each is None) == (first is None) and (each is None or each.keys() == (first or {}).keys())
+            for each in conditions
+        )
+        if len(conditions) == 1 or not are_alike:
+            return [self.predict(x, level, each, network_time) for each in conditions]
+        time = level.t if network_time is None else network_time
+        times = torch.as_tensor(time, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
+        count = len(conditions)
+        joined = _joined([each for each in conditions if each is not None])
+        outputs = self.output(x.repeat(count, *[1] * (x.ndim - 1)), times.repeat(count), joined).to(x.dtype)
+        return [Prediction(x, level, self.form, output) for output in outputs.chunk(count)]
+
     def start(self, noise: Noise, level: Level) -> Tensor:
         """The states that sampling starts from, ``[B, *shape]``."""
         return noise.normal(-1) * self.path.starting_scale(level)
@@ -185,3 +214,13 @@ class Denoiser(ABC):
             allowed="a denoiser with fingerprint()",
             remedy="Add fingerprint() to it.",
         )
+
+
+def _joined(conditions: Sequence[Condition]) -> Condition | None:
+    """Several batches' conditions as one batch's; what is for a whole batch must be the same in all."""
+    if not conditions:
+        return None
+    return {
+        name: torch.cat([each[name] for each in conditions]) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in conditions[0].items()
+    }

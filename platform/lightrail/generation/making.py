@@ -115,6 +115,7 @@ def _make(
                 indices,
                 seed=generation.seed,
                 condition=condition,
+                guidance=generation.guidance,
                 after_step=meter.after_step,
             )
             samples = denoiser.decode(made.x)

@@ -22,7 +22,7 @@ from lightrail.traits import Traits
 if TYPE_CHECKING:
     from lightrail.generation.denoiser import Denoiser
 
-__all__ = ["Predict", "Sampler", "SamplerWrapper", "State", "weighted_sum"]
+__all__ = ["Predict", "Sampler", "SamplerWrapper", "State", "mapped", "weighted_sum"]
 
 
 class Predict(Protocol):
@@ -78,7 +78,7 @@ class State:
             self,
             x=function(self.x),
             history=tuple(each.map(function) for each in self.history),
-            memory={name: _mapped(value, function) for name, value in self.memory.items()},
+            memory={name: mapped(value, function) for name, value in self.memory.items()},
         )
 
     def select(self, rows: Tensor) -> State:
@@ -86,13 +86,14 @@ class State:
         return self.map(lambda tensor: tensor[rows])
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A value of a memory with a function applied to each tensor in it."""
     if isinstance(value, Prediction):
         return value.map(function)
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple | list):
-        return type(value)(_mapped(each, function) for each in value)
+        return type(value)(mapped(each, function) for each in value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError
 from lightrail.generation.denoiser import Condition, Denoiser
 from lightrail.generation.evaluator import Evaluator
+from lightrail.generation.guidance import Guidance
 from lightrail.generation.noise import Noise
 from lightrail.generation.sampler import Sampler, State
 from lightrail.generation.time_grid import Grid
@@ -43,6 +45,7 @@ def sample(
     *,
     seed: int = 0,
     condition: Condition | None = None,
+    guidance: Sequence[Guidance] = (),
     start: Tensor | None = None,
     after_step: Callable[[State], State] | None = None,
 ) -> Sampled:
@@ -55,6 +58,7 @@ def sample(
         indices: Which samples, one whole number from 0 each.
         seed: Of the whole generation.
         condition: What steers them, one row each.
+        guidance: What else does, in order.
         start: Where to start, ``[B, *shape]`` at ``grid[0]``; drawn where it is not given.
         after_step: Sees the state after each step and may change it.
 
@@ -68,9 +72,20 @@ def sample(
     """
     noise = Noise(seed, indices, denoiser.shape, denoiser.dtype, denoiser.device)
     x = denoiser.start(noise, grid[0]) if start is None else start
-    evaluator = Evaluator(denoiser, condition)
-    state = sampler.solve(sampler.start(x, noise, grid), evaluator, grid, after_step)
-    return Sampled(state.x, x, evaluator.evaluations)
+    evaluator = Evaluator(denoiser, condition, guidance, grid, noise)
+
+    def after(state: State) -> State:
+        state = evaluator.after_step(state) if guidance else state
+        return state if after_step is None else after_step(state)
+
+    def once(begin: Tensor) -> State:
+        evaluator.begin()
+        return sampler.solve(sampler.start(begin, noise, grid), evaluator, grid, after)
+
+    run: Callable[[Tensor], State] = once
+    for each in reversed(guidance):
+        run = partial(each.around, run)
+    return Sampled(run(x).x, x, evaluator.evaluations)
 
 
 @torch.no_grad()

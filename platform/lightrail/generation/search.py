@@ -15,6 +15,7 @@ from lightrail.generation.artefact import Artefact, path_key
 from lightrail.generation.denoiser import Condition, Denoiser
 from lightrail.generation.evaluator import Evaluator
 from lightrail.generation.fine_solution import fine_solution
+from lightrail.generation.guidance import Guidance
 from lightrail.generation.noise import Noise
 from lightrail.generation.sampler import Sampler
 from lightrail.generation.sampling import sample
@@ -77,6 +78,7 @@ class SearchProblem:
         grid: The levels of that.
         seed: Of all noise.
         condition_of: What steers the samples of these indices.
+        guidance: What else does, in order.
         data: Real samples as states, ``[N, *shape]``, where they are known.
         described: What else the result is for, kept in its key: ``sampler`` (its name), ``options``, ``condition``.
         evaluations: How often the network is asked along one fine reference solution.
@@ -89,6 +91,7 @@ class SearchProblem:
     grid: Grid
     seed: int = 0
     condition_of: Callable[[Sequence[int]], Condition | None] = lambda indices: None
+    guidance: tuple[Guidance, ...] = ()
     data: Tensor | None = None
     described: Mapping[str, Any] = field(default_factory=dict)
     evaluations: int = 200
@@ -109,11 +112,19 @@ class SearchProblem:
         }
         return {**known, **self.described}
 
+    def noise(self, indices: Sequence[int]) -> Noise:
+        """The random numbers of these samples."""
+        model = self.denoiser
+        return Noise(self.seed, indices, model.shape, model.dtype, model.device)
+
+    def predictor(self, indices: Sequence[int], grid: Grid | None = None) -> Evaluator:
+        """The network as these samples ask it, under their condition and guidance."""
+        condition = self.condition_of(indices)
+        return Evaluator(self.denoiser, condition, self.guidance, grid or self.grid, self.noise(indices))
+
     def starts(self, indices: Sequence[int], grid: Grid | None = None) -> Tensor:
         """The states that samples begin from, ``[B, *shape]``."""
-        model = self.denoiser
-        noise = Noise(self.seed, indices, model.shape, model.dtype, model.device)
-        return model.start(noise, (grid or self.grid)[0])
+        return self.denoiser.start(self.noise(indices), (grid or self.grid)[0])
 
     def samples(self, indices: Sequence[int], *, sampler: Sampler | None = None, grid: Grid | None = None) -> Tensor:
         """What the solver makes of these samples, ``[B, *shape]``.
@@ -124,19 +135,29 @@ class SearchProblem:
             grid: Other levels.
         """
         solver, levels = sampler or self.sampler, grid or self.grid
-        return torch.cat(
-            [
-                sample(self.denoiser, solver, levels, batch, seed=self.seed, condition=self.condition_of(batch)).x
-                for batch in self._batches(indices)
-            ]
-        )
+        parts = []
+        for batch in self._batches(indices):
+            steered = {"condition": self.condition_of(batch), "guidance": self.guidance}
+            parts.append(sample(self.denoiser, solver, levels, batch, seed=self.seed, **steered).x)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def solution(self, indices: Sequence[int], grid: Grid | None = None) -> Tensor:
         """The fine solution at every level of a grid, ``[levels, B, *shape]``; kept, as searches ask for it often.
 
         Where the grid denoises last, the data predicted at the last level stand in the place of its states.
+
+        Raises:
+            CompositionError: Guidance moves the states themselves, so that there is no solution to follow.
         """
+        moving = [each for each in self.guidance if _moves_states(each)]
+        if moving:
+            raise CompositionError(
+                "there is no one solution to compare with: guidance moves the states",
+                found=f"guidance {type(moving[0]).__name__}",
+                allowed="guidance of the prediction, such as cfg, or a score against data",
+                remedy="Leave that guidance out, or search autodiffusion for a trained run, whose data are known.",
+            )
         levels = grid or self.grid
         key = (tuple(indices), tuple(level.t for level in levels), levels.denoises_last)
         if key not in self._solutions:
@@ -145,7 +166,7 @@ class SearchProblem:
         return self._solutions[key]
 
     def _solved(self, indices: Sequence[int], grid: Grid) -> Tensor:
-        predict = Evaluator(self.denoiser, self.condition_of(indices))
+        predict = self.predictor(indices, grid)
         start = self.starts(indices, grid)
         flow = "data" not in self.denoiser.gives
         states = fine_solution(predict, start, grid.path, grid.levels, self.evaluations, flow=flow)
@@ -168,7 +189,9 @@ class SearchProblem:
         """Both scores of a solver on these samples; the distance from one solution only where it follows one."""
         x = self.samples(indices, sampler=sampler, grid=grid)
         found = {"sliced_wasserstein": self.distance(x, indices)}
-        return found if self.is_stochastic else {"endpoint_error": self.endpoint_error(x, indices), **found}
+        if self.is_stochastic or any(map(_moves_states, self.guidance)):
+            return found
+        return {"endpoint_error": self.endpoint_error(x, indices), **found}
 
     @property
     def is_stochastic(self) -> bool:
@@ -198,13 +221,22 @@ class SearchProblem:
         return [listed[i : i + self.batch_size] for i in range(0, len(listed), self.batch_size)]
 
 
+def _moves_states(guidance: Guidance) -> bool:
+    kind = type(guidance)
+    return kind.after_step is not Guidance.after_step or kind.around is not Guidance.around
+
+
 class Search(ABC):
     """Fits something to one model once, which later runs read: a time grid, a schedule, ratios, statistics.
 
     A search is deterministic: what it tries follows from the problem's seed.
+
+    Attributes:
+        replaces: The groups of the command line that what is found takes the place of.
     """
 
     traits: ClassVar[Traits] = Traits()
+    replaces: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def search(self, problem: SearchProblem, report: Report = silent) -> Artefact:
@@ -220,7 +252,7 @@ class Search(ABC):
 
     @abstractmethod
     def words(self, artefact: Artefact, path: str) -> list[str]:
-        """The words of ``generate`` that use what was found, in place of the searched run's own.
+        """The words of ``generate`` that use what was found, in place of all words of the groups that it replaces.
 
         Args:
             artefact: What was found.

@@ -1,0 +1,142 @@
+"""The contract of guidance: what steers a sampler, in the places where it can be steered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightrail.generation.denoiser import Condition, Denoiser
+from lightrail.generation.noise import Noise
+from lightrail.generation.noise_path import Level
+from lightrail.generation.prediction import Prediction
+from lightrail.generation.sampler import State
+from lightrail.generation.time_grid import Grid
+from lightrail.traits import Traits
+
+__all__ = ["Guidance", "Moment"]
+
+Run = Callable[[Tensor], State]
+
+
+@dataclass
+class Moment:
+    """What guidance sees of one evaluation.
+
+    Args:
+        denoiser: The network on its path.
+        condition: What steers the samples, one row each.
+        grid: The levels of the run.
+        index: The step that is being taken.
+        noise: Random numbers by sample and step; draws from :attr:`FIRST_DRAW` on are guidance's own.
+        x: The states that the network is asked about, ``[B, …]``.
+        level: Their level of noise.
+        memory: What this guidance carries from one evaluation to the next: tensors with one row a sample, or plain
+            values. It is resampled with the samples.
+        prediction: What the network said at the start of the step; with its graph to its own ``x`` where guidance asked
+            for gradients.
+        resample: Chooses rows of a state, and of all that guidance remembers: ``resample(state, rows)``.
+    """
+
+    FIRST_DRAW: ClassVar[int] = 1000
+
+    denoiser: Denoiser
+    condition: Condition | None
+    grid: Grid
+    index: int
+    noise: Noise
+    x: Tensor
+    level: Level
+    memory: dict[str, Any] = field(default_factory=dict)
+    prediction: Prediction | None = None
+    resample: Callable[[State, Tensor], State] = State.select
+
+    def normal(self, draw: int = 0) -> Tensor:
+        """Standard normal numbers of this step that no sampler uses, ``[B, …]``."""
+        return self.noise.normal(self.index, self.FIRST_DRAW + draw)
+
+    def gradient(self, losses: Callable[[Prediction], Tensor]) -> tuple[Tensor, Tensor]:
+        """The gradient of a loss of what the network says, through the network, at the state of this step.
+
+        Args:
+            losses: From a prediction to one number a sample, ``[B]``.
+
+        Returns:
+            The losses ``[B]``, and the gradient of each with respect to its own state, ``[B, …]``.
+        """
+        assert self.prediction is not None
+        with torch.enable_grad():
+            values = losses(self.prediction)
+            (gradient,) = torch.autograd.grad(values.sum(), self.prediction.x, retain_graph=True)
+        return values.detach(), gradient
+
+
+class Guidance:
+    """Steers a sampler; a chain of them acts in order. Each method is one place to act, and does nothing by default.
+
+    Attributes:
+        asks: The predictions that :meth:`mix` wants beside ``cond``: ``uncond``, which is asked in one call with it,
+            and names of its own, which :meth:`evaluate` answers.
+        needs_gradient: Whether :meth:`Moment.gradient` is asked for; the first evaluation of each step then keeps its
+            graph.
+    """
+
+    traits: ClassVar[Traits] = Traits()
+    asks: tuple[str, ...] = ()
+    needs_gradient: bool = False
+
+    def prepare(self, denoiser: Denoiser) -> None:
+        """Sees the model once, before anything is sampled; refuses one that it cannot steer."""
+
+    def is_active(self, moment: Moment) -> bool:
+        """Whether it acts at this level; where it does not, what it asks is not evaluated."""
+        return True
+
+    def evaluate(self, name: str, moment: Moment) -> Prediction:
+        """Answers a name of its own in :attr:`asks`, at ``moment.x``.
+
+        Args:
+            name: Which.
+            moment: Where.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for {name!r} and does not evaluate it")
+
+    def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
+        """One prediction from several.
+
+        Args:
+            named: ``cond``, as those before it in the chain left it, and what it asks.
+            moment: Where.
+        """
+        return named["cond"]
+
+    def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+        """Edits the predicted data, before the sampler sees them.
+
+        Args:
+            prediction: What was mixed; :meth:`Prediction.with_data` replaces the data and keeps the noise or not.
+            moment: Where.
+        """
+        return prediction
+
+    def after_step(self, state: State, moment: Moment) -> State:
+        """Edits, weighs or resamples the states after a step.
+
+        Args:
+            state: At ``moment.grid[state.index]``; ``moment.resample(state, rows)`` chooses among its samples, and a
+                smaller index repeats steps.
+            moment: The step that was taken, with the prediction at its start.
+        """
+        return state
+
+    def around(self, run: Run, start: Tensor) -> State:
+        """Chooses where the sampler starts, or runs it more than once.
+
+        Args:
+            run: From states at the first level to the state at the end.
+            start: The states that sampling would start from.
+        """
+        return run(start)

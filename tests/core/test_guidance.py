@@ -1,0 +1,244 @@
+"""The contract of guidance: what is asked, what is mixed, corrected, moved, resampled and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightrail.generation import (
+    Denoiser,
+    GaussianMixture,
+    Guidance,
+    LinearVP,
+    Moment,
+    Prediction,
+    Sampler,
+    State,
+    TimeGrid,
+    sample,
+)
+
+
+class Uniform(TimeGrid):
+    def times(self, path, start, stop, count):  # type: ignore[no-untyped-def]
+        return torch.linspace(start, stop, count, dtype=torch.float64).numpy()
+
+
+class Euler(Sampler):
+    def step(self, state, predict, grid):  # type: ignore[no-untyped-def]
+        here, there = grid[state.index], grid[state.index + 1]
+        found = predict(state.x, here)
+        return state.next(there.alpha * found.data + there.sigma * found.noise)
+
+
+class Heun(Euler):
+    """Two evaluations a step."""
+
+    def step(self, state, predict, grid):  # type: ignore[no-untyped-def]
+        there = grid[state.index + 1]
+        euler = super().step(state, predict, grid)
+        if there.is_clean:
+            return euler
+        return dataclasses.replace(euler, x=(euler.x + 0.0 * predict(euler.x, there).data))
+
+
+class Labelled(Denoiser):
+    """The mean of its class, with a call counter: one output for a joined batch."""
+
+    path = LinearVP()
+    form = "data"
+    shape = (2,)
+    dtype = torch.float64
+    classes = 2
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def output(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor] | None) -> Tensor:
+        self.calls.append(len(x))
+        label = condition["label"] if condition is not None else torch.full((len(x),), 2)
+        return torch.tanh(x) * 0.1 + label[:, None].double()
+
+    def unconditional(self, condition):  # type: ignore[no-untyped-def]
+        return {"label": torch.full_like(condition["label"], 2)}
+
+
+class Mix(Guidance):
+    asks = ("uncond",)
+
+    def __init__(self, w: float) -> None:
+        self.w = w
+
+    def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
+        cond, uncond = named["cond"], named["uncond"]
+        return Prediction(moment.x, moment.level, "data", uncond.data + self.w * (cond.data - uncond.data))
+
+
+GRID_STEPS = 4
+CONDITION = {"label": torch.tensor([0, 1, 1])}
+
+
+def drawn(guidance, denoiser=None, sampler=Euler, condition=CONDITION, indices=range(3)):  # type: ignore[no-untyped-def]
+    denoiser = denoiser or Labelled()
+    solver = sampler(steps=GRID_STEPS)
+    grid = solver.grid(denoiser.path, Uniform())
+    return sample(denoiser, solver, grid, indices, seed=1, condition=condition, guidance=guidance)
+
+
+def test_conditional_and_unconditional_are_asked_in_one_call_and_counted_as_two() -> None:
+    denoiser = Labelled()
+    found = drawn([Mix(2.0)], denoiser)
+    assert denoiser.calls == [6] * GRID_STEPS
+    assert found.evaluations == 2 * GRID_STEPS
+
+
+def test_scale_one_is_the_conditional_and_scale_zero_the_unconditional_prediction() -> None:
+    plain = drawn([])
+    torch.testing.assert_close(drawn([Mix(1.0)]).x, plain.x, rtol=1e-13, atol=1e-13)
+    nobody = {"label": torch.tensor([2, 2, 2])}
+    torch.testing.assert_close(drawn([Mix(0.0)]).x, drawn([], condition=nobody).x, rtol=1e-13, atol=1e-13)
+
+
+def test_a_chain_hands_on_what_it_made() -> None:
+    twice = drawn([Mix(2.0), Mix(3.0)])
+    # u + 3 (u + 2 (c − u) − u) = u + 6 (c − u)
+    torch.testing.assert_close(twice.x, drawn([Mix(6.0)]).x, rtol=1e-12, atol=1e-12)
+    assert twice.evaluations == 2 * GRID_STEPS
+
+
+def test_guidance_that_is_not_active_costs_nothing() -> None:
+    class Late(Mix):
+        def is_active(self, moment: Moment) -> bool:
+            return moment.level.t < 0.6
+
+    found = drawn([Late(2.0)])
+    assert found.evaluations == GRID_STEPS + sum(t < 0.6 for t in (1.0, 0.667, 0.334, 0.001))
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    together = drawn([Mix(2.0)])
+    alone = drawn([Mix(2.0)], condition={"label": torch.tensor([1])}, indices=[1])
+    torch.testing.assert_close(alone.x[0], together.x[1], rtol=1e-13, atol=1e-13)
+
+
+def test_predictions_of_ones_own_are_evaluated_and_counted() -> None:
+    class Weak(Guidance):
+        asks = ("weak",)
+
+        def evaluate(self, name: str, moment: Moment) -> Prediction:
+            assert name == "weak"
+            return moment.denoiser.predict(moment.x, moment.level, None)
+
+        def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
+            return named["weak"]
+
+    found = drawn([Weak()])
+    assert found.evaluations == 2 * GRID_STEPS
+    torch.testing.assert_close(found.x, drawn([], condition=None).x, rtol=1e-13, atol=1e-13)
+
+
+def test_the_data_are_corrected_before_the_sampler_sees_them() -> None:
+    class Clamp(Guidance):
+        def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+            return prediction.with_data(prediction.data.clamp(max=0.3))
+
+    assert float(drawn([Clamp()]).x.max()) <= 0.3 + 1e-12
+
+
+def test_the_gradient_goes_through_the_network_at_the_start_of_the_step_and_the_sampler_sees_no_graph() -> None:
+    denoiser = GaussianMixture()
+    seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+
+    class Probe(Guidance):
+        needs_gradient = True
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            losses, gradient = moment.gradient(lambda prediction: prediction.data.square().sum(-1))
+            assert not state.x.requires_grad
+            seen.append((moment.x, losses, gradient, moment.level.t))
+            return state
+
+    plain = drawn([], denoiser, Heun, None)
+    guided = drawn([Probe()], denoiser, Heun, None)
+    torch.testing.assert_close(guided.x, plain.x, rtol=1e-13, atol=1e-13)
+    assert guided.evaluations == plain.evaluations
+    assert [round(t, 3) for *_, t in seen] == [1.0, 0.667, 0.334, 0.001]
+    x, losses, gradient, t = seen[1]
+    leaf = x.clone().requires_grad_()
+    expected = denoiser.predict(leaf, denoiser.path.level(t)).data.square().sum(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_resampling_moves_the_state_and_all_that_is_remembered() -> None:
+    remembered: list[Tensor] = []
+    states: list[Tensor] = []
+
+    class Remembers(Guidance):
+        def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+            moment.memory.setdefault("first", moment.x.clone())
+            return prediction
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            remembered.append(moment.memory["first"])
+            states.append(state.x)
+            return state
+
+    class Resamples(Guidance):
+        def after_step(self, state: State, moment: Moment) -> State:
+            return moment.resample(state, torch.tensor([2, 2, 0])) if moment.index == 1 else state
+
+    condition = {"label": torch.tensor([1, 1, 1])}
+    moved = drawn([Resamples(), Remembers()], condition=condition)
+    assert torch.equal(remembered[1], remembered[0][[2, 2, 0]])
+    assert torch.equal(states[1][0], states[1][1])
+    plain = drawn([], condition=condition)
+    torch.testing.assert_close(moved.x, plain.x[[2, 2, 0]], rtol=1e-13, atol=1e-13)
+
+
+def test_steps_can_be_repeated() -> None:
+    class Back(Guidance):
+        def after_step(self, state: State, moment: Moment) -> State:
+            repeated = moment.memory.setdefault("repeated", 0)
+            if moment.index == 2 and repeated < 2:
+                moment.memory["repeated"] = repeated + 1
+                return dataclasses.replace(state, index=state.index - 1)
+            return state
+
+    assert drawn([Back()]).evaluations == GRID_STEPS + 2
+
+
+def test_the_sampler_can_be_run_again_from_another_start_with_nothing_remembered() -> None:
+    starts = []
+
+    class Twice(Guidance):
+        def around(self, run, start):  # type: ignore[no-untyped-def]
+            first = run(start)
+            starts.append(first.x)
+            return run(start + 1)
+
+        def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+            assert moment.memory.setdefault("index", moment.index) == 0
+            return prediction
+
+    found = drawn([Twice()])
+    assert found.evaluations == 2 * GRID_STEPS
+    torch.testing.assert_close(starts[0], drawn([]).x, rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(found.x, starts[0])
+
+
+def test_noise_of_guidance_is_not_the_samplers() -> None:
+    drawn_noise = []
+
+    class Draws(Guidance):
+        def after_step(self, state: State, moment: Moment) -> State:
+            drawn_noise.append((moment.normal(), moment.noise.normal(moment.index)))
+            return state
+
+    drawn([Draws()])
+    assert all(not torch.equal(a, b) for a, b in drawn_noise)
+    assert not torch.equal(drawn_noise[0][0], drawn_noise[1][0])
