@@ -174,6 +174,30 @@ def test_the_gradient_goes_through_the_network_at_the_start_of_the_step_and_the_
     torch.testing.assert_close(gradient, wanted)
 
 
+def test_the_gradient_goes_through_what_was_mixed() -> None:
+    seen: list[tuple[Tensor, Tensor, float]] = []
+
+    class Probe(Guidance):
+        needs_gradient = True
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            _, gradient = moment.gradient(lambda prediction: prediction.data.square().sum(-1))
+            seen.append((moment.x, gradient, moment.level.t))
+            return state
+
+    denoiser = Labelled()
+    drawn([Mix(2.0), Probe()], denoiser)
+    x, gradient, t = seen[1]
+    leaf = x.clone().requires_grad_()
+    level = denoiser.path.level(t)
+    cond, uncond = (
+        denoiser.predict(leaf, level, CONDITION),
+        denoiser.predict(leaf, level, {"label": torch.full((3,), 2)}),
+    )
+    (wanted,) = torch.autograd.grad((2 * cond.data - uncond.data).square().sum(), leaf)
+    torch.testing.assert_close(gradient, wanted)
+
+
 def test_resampling_moves_the_state_and_all_that_is_remembered() -> None:
     remembered: list[Tensor] = []
     states: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError
 from lightrail.generation.noise import Noise
 from lightrail.generation.noise_path import Level, NoisePath
-from lightrail.generation.prediction import Prediction
+from lightrail.generation.prediction import Prediction, mapped_level
 from lightrail.traits import Traits
 
 if TYPE_CHECKING:
@@ -120,12 +120,19 @@ class Denoiser(ABC):
         )
         if len(conditions) == 1 or not are_alike:
             return [self.predict(x, level, each, network_time) for each in conditions]
-        time = level.t if network_time is None else network_time
-        times = torch.as_tensor(time, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
-        count = len(conditions)
+        count, size = len(conditions), len(x)
+
+        def widened(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *[1] * (tensor.ndim - 1))
+
+        time = widened(network_time) if isinstance(network_time, Tensor) and network_time.ndim else network_time
         joined = _joined([each for each in conditions if each is not None])
-        outputs = self.output(x.repeat(count, *[1] * (x.ndim - 1)), times.repeat(count), joined).to(x.dtype)
-        return [Prediction(x, level, self.form, output) for output in outputs.chunk(count)]
+        together = self.predict(widened(x), mapped_level(level, widened), joined, time)
+        apart = [together.map(lambda tensor, i=i: tensor[i * size : (i + 1) * size]) for i in range(count)]
+        for prediction in apart:
+            # Of the very states that were asked about, so that a gradient leads to them.
+            prediction.x, prediction.level = x, level
+        return apart
 
     def start(self, noise: Noise, level: Level) -> Tensor:
         """The states that sampling starts from, ``[B, *shape]``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightrail.generation.noise_path import Level
 from lightrail.options import one_of
 
-__all__ = ["FORMS", "Prediction", "weights_of"]
+__all__ = ["FORMS", "Prediction", "mapped_level", "weights_of"]
 
 FORMS = ("data", "noise", "velocity", "flow", "score")
 
@@ -120,12 +120,13 @@ class Prediction:
         """The prediction with a function applied to each of its tensors; how samples are chosen or moved."""
         mapped = object.__new__(Prediction)
         mapped.x, mapped.form = function(self.x), self.form
-        mapped.level = _mapped_level(self.level, function)
+        mapped.level = mapped_level(self.level, function)
         mapped.known = {form: function(value) for form, value in self.known.items()}
         return mapped
 
 
-def _mapped_level(level: Level, function: Callable[[Tensor], Tensor]) -> Level:
+def mapped_level(level: Level, function: Callable[[Tensor], Tensor]) -> Level:
+    """A level with a function applied to its tensors, where it is one a sample."""
     if not isinstance(level.alpha, Tensor):
         return level
     values = (level.t, level.alpha, level.sigma, level.alpha_rate, level.sigma_rate)
