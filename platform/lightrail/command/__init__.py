@@ -1,4 +1,4 @@
-"""The ``lightrail`` command: what is installed, shell completion, benchmarks."""
+"""The ``lightrail`` command: what is installed, searches, shell completion, benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Usage: lightrail COMMAND
 
   plugins [NAME] [--kind KIND] [--json]  what is installed; with a name, its options, traits and paper
   plugins SCHEDULE --plot [FILE]         the curve of a schedule
+  search NAME run=FOLDER …               fit times, ratios or statistics to a model: `lightrail search --help`
   bench NAME                             measure: `lightrail bench --help` lists the benchmarks
   completion bash|zsh|fish               a script that completes train, generate and lightrail
   --version                              the version
@@ -43,6 +44,8 @@ def _run(words: list[str]) -> int | None:
     match name:
         case "plugins":
             from lightrail.command.plugins import main as command
+        case "search":
+            from lightrail.command.search import main as command
         case "bench":
             from lightrail.bench import main as command
         case "completion":
@@ -65,7 +68,7 @@ def _run(words: list[str]) -> int | None:
 def _unknown(name: str) -> Exception:
     from lightrail.errors import ConfigurationError, closest
 
-    commands = ("plugins", "bench", "completion")
+    commands = ("plugins", "search", "bench", "completion")
     return ConfigurationError(
         f"lightrail has no command '{name}'",
         found=name,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightrail.catalogue.plugin import find, registered
+from lightrail.catalogue.plugin import available, find, registered
 from lightrail.catalogue.schema import Schema
 from lightrail.catalogue.schema_cache import Source, read_schemas
 from lightrail.configuration.help import options_of_group
@@ -21,7 +21,7 @@ _FLAGS = {
     "train": ("--cfg", "--config-dir", "--help", "--multirun", "--version"),
     "generate": ("--cfg", "--config-dir", "--help", "--version"),
 }
-_COMMANDS = ("bench", "completion", "plugins", "--help", "--version")
+_COMMANDS = ("bench", "completion", "plugins", "search", "--help", "--version")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,6 +47,8 @@ def candidates(words: Sequence[str]) -> list[str]:
     command, *before, current = words
     command = os.path.basename(command)
     try:
+        if command == "lightrail" and len(before) > 1 and before[0] == "search":
+            return _of_run("search", before[2:], current)
         if command == "lightrail":
             found = _of_lightrail(before)
         elif current.startswith("-"):
@@ -65,6 +67,8 @@ def _of_lightrail(before: Sequence[str]) -> Iterable[str]:
         return KINDS
     if before[0] == "plugins":
         return ("--batch-size", "--json", "--kind", "--plot", *{plugin.name for plugin in registered()})
+    if before[0] == "search":
+        return available("search")
     return ("bash", "fish", "zsh") if before[0] == "completion" else ()
 
 

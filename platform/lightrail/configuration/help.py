@@ -41,6 +41,17 @@ Usage: generate [run=FOLDER|latest | denoiser=NAME] [KIND=NAME | KEY=VALUE]…
   generate run.resume=latest                          go on with a generation that was interrupted
   generate --cfg …                                    show the whole configuration and do nothing
 """,
+    "search": """\
+Usage: lightrail search NAME [run=FOLDER|latest | denoiser=NAME] [KIND=NAME | KEY=VALUE]…
+
+  lightrail search autodiffusion run=latest +sampler=ddim sampler.steps=5  the best times for five steps
+  lightrail search usf run=latest +sampler=unipc sampler.steps=5           times, and how each step is solved
+  lightrail search dc_ratios run=latest +sampler=unipc sampler.steps=5     ratios of DC-Solver
+  lightrail search ems run=latest +sampler=dpm_solver_v3                   statistics for dpm_solver_v3
+  lightrail search NAME … search.KEY=VALUE     an option of the search
+  lightrail search NAME … search.to=FILE.json  where its file goes; the run's folder searched/ by default
+  lightrail search NAME … --cfg                show the whole configuration and do nothing
+""",
 }
 
 

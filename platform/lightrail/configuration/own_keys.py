@@ -99,5 +99,16 @@ OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
         "trainer.strategy": _text(),
     },
     "generate": GENERATION,
-    "search": GENERATION,
+    "search": {
+        key: GENERATION[key]
+        for key in (
+            "seed",
+            "run.from",
+            "run.root",
+            "generate.batch_size",
+            "generate.label",
+            "generate.prompt",
+            "generate.accelerator",
+        )
+    },
 }

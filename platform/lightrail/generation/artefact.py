@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,22 +136,22 @@ class Artefact:
         if steps is not None and steps != self.key["steps"]:
             raise self._misfit("number of steps", self.key["steps"], steps, f"sampler.steps={self.key['steps']}")
 
-    def check_grid(self, grid: Grid) -> None:
-        """Whether it was found on this time grid.
+    def check_grid(self, grid: Grid, times: Sequence[float] | None = None) -> None:
+        """Whether it is for this time grid.
 
         Args:
             grid: The levels that are to be visited.
+            times: Those that it is for; by default those that it was found on.
 
         Raises:
-            CompositionError: It was found on another.
+            CompositionError: It is for another.
         """
-        wanted = self.key["grid"]
-        if len(wanted) != len(grid) or any(
-            not math.isclose(level.t, t, rel_tol=1e-6, abs_tol=1e-9) for level, t in zip(grid, wanted, strict=True)
-        ):
+        wanted = [float(t) for t in (self.key["grid"] if times is None else times)]
+        pairs = zip(grid, wanted, strict=False)
+        if len(wanted) != len(grid) or any(abs(here.t - t) > 1e-6 * max(1.0, abs(t)) for here, t in pairs):
             found = ", ".join(f"{level.t:.4g}" for level in grid)
             known = ", ".join(f"{t:.4g}" for t in wanted)
-            raise self._misfit("time grid", f"t = {known}", f"t = {found}", "the time grid that it was found on")
+            raise self._misfit("time grid", f"t = {known}", f"t = {found}", "the times that it is for")
 
     def _misfit(self, what: str, wanted: object, found: object, allowed: str) -> CompositionError:
         return CompositionError(

@@ -13,26 +13,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightrail.testing.batching import BatchingSuite
     from lightrail.testing.data import DataSuite
+    from lightrail.testing.denoiser import DenoiserSuite
     from lightrail.testing.installed import Case, installed_cases
     from lightrail.testing.model import ModelSuite
     from lightrail.testing.optimizer import OptimizerSuite
+    from lightrail.testing.sampler import SamplerSuite
+    from lightrail.testing.sampler_wrapper import SamplerWrapperSuite
     from lightrail.testing.schedule import ScheduleSuite
+    from lightrail.testing.search import SearchSuite
     from lightrail.testing.suite import NonConformance, NotApplicable, Outcome, Suite, examine
     from lightrail.testing.task import TaskSuite
+    from lightrail.testing.time_grid import TimeGridSuite
     from lightrail.testing.transform import TransformSuite
 
 __all__ = [
     "BatchingSuite",
     "Case",
     "DataSuite",
+    "DenoiserSuite",
     "ModelSuite",
     "NonConformance",
     "NotApplicable",
     "OptimizerSuite",
     "Outcome",
+    "SamplerSuite",
+    "SamplerWrapperSuite",
     "ScheduleSuite",
+    "SearchSuite",
     "Suite",
     "TaskSuite",
+    "TimeGridSuite",
     "TransformSuite",
     "examine",
     "installed_cases",
@@ -41,15 +51,20 @@ __all__ = [
 _HOMES = {
     "Case": "installed",
     "DataSuite": "data",
+    "DenoiserSuite": "denoiser",
     "ModelSuite": "model",
     "NonConformance": "suite",
     "NotApplicable": "suite",
     "OptimizerSuite": "optimizer",
     "Outcome": "suite",
     "BatchingSuite": "batching",
+    "SamplerSuite": "sampler",
+    "SamplerWrapperSuite": "sampler_wrapper",
     "ScheduleSuite": "schedule",
+    "SearchSuite": "search",
     "Suite": "suite",
     "TaskSuite": "task",
+    "TimeGridSuite": "time_grid",
     "TransformSuite": "transform",
     "examine": "suite",
     "installed_cases": "installed",

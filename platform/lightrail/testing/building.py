@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightrail.errors import UserError
-from lightrail.testing.suite import NonConformance, require
+from lightrail.testing.suite import NonConformance, NotApplicable, require
 from lightrail.traits import Traits, traits_of
 
 __all__ = [
     "accepts",
+    "built",
     "check_is_documented",
     "check_names_its_paper",
     "is_foreign",
@@ -39,6 +40,15 @@ def missing_options(plugin: Any, options: Mapping[str, Any], given: int) -> list
     parameters = list(inspect.signature(plugin).parameters.values())[given:]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic and p.name not in options]
+
+
+def built(plugin: Any, options: Mapping[str, Any]) -> Any:
+    """``plugin(**options)``; not applicable where it reads something that an example cannot bring along."""
+    missing = missing_options(plugin, options, given=0)
+    if missing:
+        wanted = ", ".join(missing)
+        raise NotApplicable(f"it needs {wanted}, which the example does not give; subclass the suite with options")
+    return plugin(**options)
 
 
 def with_defaults(plugin: Any, options: Mapping[str, Any]) -> dict[str, Any]:

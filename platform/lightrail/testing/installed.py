@@ -22,6 +22,11 @@ SUITES = {
     "task": "lightrail.testing.task:TaskSuite",
     "data": "lightrail.testing.data:DataSuite",
     "model": "lightrail.testing.model:ModelSuite",
+    "denoiser": "lightrail.testing.denoiser:DenoiserSuite",
+    "sampler": "lightrail.testing.sampler:SamplerSuite",
+    "sampler_wrapper": "lightrail.testing.sampler_wrapper:SamplerWrapperSuite",
+    "time_grid": "lightrail.testing.time_grid:TimeGridSuite",
+    "search": "lightrail.testing.search:SearchSuite",
 }
 
 

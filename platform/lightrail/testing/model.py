@@ -42,17 +42,40 @@ def _build(plugin: Any, options: Options) -> nn.Module:
     return plugin(**filled(plugin, options, DIMENSIONS))
 
 
-def _inputs(plugin: Any, options: Options) -> Tensor:
-    """A batch of what the dimensions in the signature describe: tokens, pictures or rows."""
-    required = [
-        p.name
+def _moved(plugin: Any, options: Options) -> nn.Module:
+    """A model a little off its initialisation, where many a network is constant on purpose."""
+    model = _build(plugin, options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return model
+
+
+def _inputs(plugin: Any, options: Options) -> tuple[Tensor, ...]:
+    """A batch of what the dimensions in the signature describe: tokens, pictures or rows; times and labels with them.
+
+    A network that denoises has a parameter ``time`` of its ``forward``, and ``label`` where it knows classes.
+    """
+    parameters = {
+        p.name: p.default is p.empty
         for p in list(inspect.signature(plugin.forward).parameters.values())[1:]
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if len(required) > 1:
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    required = [name for name, is_required in parameters.items() if is_required]
+    denoises = required[1:] == ["time"]
+    if len(required) > 1 and not denoises:
         raise NotApplicable(f"forward takes more than one input: {', '.join(required)}")
     sizes = {**DIMENSIONS, **{name: options[name] for name in DIMENSIONS if options.get(name) is not None}}
     generator = torch.Generator().manual_seed(4)
+    given = (_described(plugin, sizes, generator),)
+    if denoises:
+        given += (torch.rand(SAMPLES, generator=generator),)
+        if "label" in parameters and accepts(plugin, "num_classes"):
+            given += (torch.randint(sizes["num_classes"], (SAMPLES,), generator=generator),)
+    return given
+
+
+def _described(plugin: Any, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
     if accepts(plugin, "vocab_size"):
         return torch.randint(sizes["vocab_size"], (SAMPLES, sizes["context"]), generator=generator)
     if accepts(plugin, "in_channels"):
@@ -75,17 +98,17 @@ def check_rejects_unknown_options(plugin: Any, options: Options) -> None:
 
 
 def check_gives_one_output_a_sample(plugin: Any, options: Options) -> None:
-    """The output is finite and has the batch as its leading axis."""
+    """The output is finite and has the batch as its leading axis; that of a network that denoises its input's shape."""
     inputs = _inputs(plugin, options)
-    output = _build(plugin, options)(inputs)
-    if not isinstance(output, Tensor):
-        raise NotApplicable(f"its output is no tensor but {type(output).__name__}")
-    require(output.shape[:1] == inputs.shape[:1], f"{len(inputs)} samples became an output of {tuple(output.shape)}")
+    output = _output(_build(plugin, options), inputs)
+    require(len(output) == SAMPLES, f"{SAMPLES} samples became an output of {tuple(output.shape)}")
+    if len(inputs) > 1:
+        require(output.shape == inputs[0].shape, f"states {tuple(inputs[0].shape)} became {tuple(output.shape)}")
     require(bool(output.isfinite().all()), "the output is not finite at initialisation")
 
 
-def _output(model: nn.Module, inputs: Tensor) -> Tensor:
-    output = model(inputs)
+def _output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    output = model(*inputs)
     if not isinstance(output, Tensor):
         raise NotApplicable(f"its output is no tensor but {type(output).__name__}")
     return output
@@ -93,7 +116,7 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def check_gradient_reaches_every_parameter(plugin: Any, options: Options) -> None:
     """Every parameter that asks for a gradient gets one: none is left over."""
-    model, inputs = _build(plugin, options), _inputs(plugin, options)
+    model, inputs = _moved(plugin, options), _inputs(plugin, options)
     output = _output(model, inputs)
     (output * torch.randn_like(output)).sum().backward()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -102,7 +125,7 @@ def check_gradient_reaches_every_parameter(plugin: Any, options: Options) -> Non
 
 def check_restores_its_state(plugin: Any, options: Options) -> None:
     """Another instance that loads its state, through a file of plain values, gives the same output."""
-    model, inputs = _build(plugin, options), _inputs(plugin, options)
+    model, inputs = _moved(plugin, options), _inputs(plugin, options)
     with torch.no_grad():
         _output(model, inputs)  # in training mode, so that running statistics are part of the state
         state = saved_and_loaded(model.state_dict())
@@ -116,7 +139,7 @@ def check_restores_its_state(plugin: Any, options: Options) -> None:
 
 def check_is_deterministic_in_evaluation(plugin: Any, options: Options) -> None:
     """In evaluation mode the same input gives the same output, and nothing in the model moves."""
-    model, inputs = _build(plugin, options).eval(), _inputs(plugin, options)
+    model, inputs = _moved(plugin, options).eval(), _inputs(plugin, options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         first, second = _output(model, inputs), _output(model, inputs)
@@ -127,15 +150,15 @@ def check_is_deterministic_in_evaluation(plugin: Any, options: Options) -> None:
 
 def check_keeps_samples_apart(plugin: Any, options: Options) -> None:
     """In evaluation mode a sample's output does not depend on its neighbours in the batch."""
-    model, inputs = _build(plugin, options).eval(), _inputs(plugin, options)
+    model, inputs = _moved(plugin, options).eval(), _inputs(plugin, options)
     with torch.no_grad():
-        together, alone = _output(model, inputs)[:1], _output(model, inputs[:1])
+        together, alone = _output(model, inputs)[:1], _output(model, tuple(each[:1] for each in inputs))
     require_close([alone], [together], "a sample alone and the same sample in a batch have other outputs", 1e-4)
 
 
 def check_copies(plugin: Any, options: Options) -> None:
     """A deep copy gives the same output and shares no parameter."""
-    model, inputs = _build(plugin, options).eval(), _inputs(plugin, options)
+    model, inputs = _moved(plugin, options).eval(), _inputs(plugin, options)
     other = copy.deepcopy(model)
     with torch.no_grad():
         expected = _output(model, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +39,21 @@ __all__ = [
     "Solver",
     "UnevenLambda",
     "Watched",
+    "at_rows",
     "begun",
     "continued",
+    "exact_solution",
     "fitting_mixture",
     "grid_of",
+    "mixture_on",
+    "ready",
+    "require_near",
     "rms",
     "solved",
     "starts",
 ]
 
+EXACT = 1e-10  # what another order of summation may change, with room for a method that amplifies it
 LAST_LAM = 1.75  # where runs that keep some noise stop: σ/α = 0.17
 
 
@@ -68,9 +75,7 @@ class EvenLambda(TimeGrid):
 class UnevenLambda(EvenLambda):
     """Steps in λ of random lengths, up to four times as long as their neighbours."""
 
-    def __init__(
-        self, start: float | None = None, stop: float | None = None, end: str = "zero", seed: int = 0
-    ) -> None:
+    def __init__(self, start: float | None = None, stop: float | None = None, end: str = "zero", seed: int = 0) -> None:
         super().__init__(start, stop, end)
         self.seed = seed
 
@@ -86,18 +91,18 @@ class Solver:
     """How a check builds what it runs.
 
     Args:
-        build: Takes the number of steps, ``None`` for what the options say.
+        build: Takes the number of steps, ``None`` for what the options say, and the model.
         traits: What it says of itself.
-        takes_steps: Whether ``build`` takes a number.
+        takes_steps: Whether ``build`` takes a number of steps.
     """
 
-    build: Callable[[int | None], Sampler]
+    build: Callable[[int | None, Denoiser], Sampler]
     traits: Traits
     takes_steps: bool = True
 
     def of(self, mixture: Denoiser, steps: int | None = None) -> Sampler:
         """Built, and shown the model."""
-        sampler = self.build(steps if self.takes_steps else None)
+        sampler = self.build(steps if self.takes_steps else None, mixture)
         check_fit(mixture, sampler)
         sampler.prepare(mixture)
         return sampler
@@ -161,6 +166,18 @@ class Watched(Evaluator):
             require(torch.equal(tensor, before), "it changes in place a state or a prediction that it was given")
 
 
+@functools.cache
+def mixture_on(path: str) -> GaussianMixture:
+    """The mixture of the checks on a path by name: one object for all, so that its solutions can be kept."""
+    return GaussianMixture(path=path)
+
+
+@functools.lru_cache(maxsize=256)
+def exact_solution(mixture: GaussianMixture, begin: Level, times: tuple[float, ...]) -> Tensor:
+    """The exact states ``[times, 16, 2]`` from :func:`starts`; worked out once for all solvers."""
+    return mixture.exact(starts(mixture, begin), begin.t, times)
+
+
 def starts(denoiser: Denoiser, level: Level, count: int = 16) -> Tensor:
     """States to start from, the same for every solver."""
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +234,7 @@ def solved(
     return continued(sampler, state, Evaluator(denoiser), grid).x
 
 
-def fitting_mixture(solver: Solver, **options: Any) -> GaussianMixture:
+def fitting_mixture(solver: Solver) -> GaussianMixture:
     """The mixture on the first path that the solver works on.
 
     Raises:
@@ -225,7 +242,7 @@ def fitting_mixture(solver: Solver, **options: Any) -> GaussianMixture:
     """
     refusals = []
     for path in PATHS:
-        mixture = GaussianMixture(path=path, **options)
+        mixture = mixture_on(path)
         try:
             sampler = solver.of(mixture)
             grid = grid_of(sampler, mixture.path)
@@ -238,12 +255,26 @@ def fitting_mixture(solver: Solver, **options: Any) -> GaussianMixture:
     raise AssertionError  # unreachable: `require` has raised
 
 
+def ready(solver: Solver) -> tuple[GaussianMixture, Sampler, Grid, Tensor]:
+    mixture = fitting_mixture(solver)
+    sampler = solver.of(mixture)
+    grid = grid_of(sampler, mixture.path)
+    return mixture, sampler, grid, starts(mixture, grid[0], 5)
+
+
+def require_near(found: Tensor, expected: Tensor, message: str, allowed: float = EXACT) -> None:
+    difference = float((found.double() - expected.double()).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    require(difference <= allowed * scale, f"{message}: they differ by {difference:.3g}")
+
+
 def rms(difference: Tensor) -> float:
     """The root mean square."""
     return float(difference.double().square().mean().sqrt())
 
 
-def at_rows(state: State, noise: Noise, rows: Sequence[int]) -> State:
+def at_rows(state: State, rows: Sequence[int]) -> State:
     """Some rows of a state, each with the noise that it had."""
-    kept = Noise(noise.seed, [noise.indices[row] for row in rows], noise.shape, noise.dtype)
+    noise = state.noise
+    kept = FixedNoise(noise.seed, [noise.indices[row] for row in rows], noise.shape, noise.dtype)
     return dataclasses.replace(state.select(torch.tensor(rows)), noise=kept)

@@ -80,6 +80,12 @@ def _setting_or_attempts(plugin: Any, options: tuple[tuple[str, Any], ...]) -> _
 
 
 def _setting(plugin: Any, options: Options) -> _Setting:
+    sizes = {name for _, data in _known_data() for name in data.dimensions()}
+    missing = [name for name in missing_options(plugin, options, given=1) if name not in sizes]
+    if missing:
+        raise NotApplicable(
+            f"it needs something of the user's own: {', '.join(missing)} has no default and traits.example gives none"
+        )
     found = _setting_or_attempts(plugin, tuple(options.items()))
     if isinstance(found, str):
         raise NonConformance(found)
@@ -225,7 +231,11 @@ CHECKS: tuple[Check, ...] = (
 
 
 class TaskSuite(Suite):
-    """Every check of a task."""
+    """Every check of a task.
+
+    Tasks that need something of the user's own, such as a run that was trained before, are checked by a subclass that
+    makes it and names it in ``options``.
+    """
 
     kind: ClassVar[str] = "task"
     checks: ClassVar[tuple[Check, ...]] = (*CHECKS, known_exceptions(frozenset(map(name_of, CHECKS))))
