@@ -157,7 +157,7 @@ def _read(loader: Any, place: Path, precision: Mapping[str, Any]) -> Any:
     """What both libraries would fill with random numbers or an empty vocabulary, and a warning, is an error."""
     if place.name.startswith("tokenizer") and not any((place / name).is_file() for name in _VOCABULARIES):
         raise FileNotFoundError(f"no {', '.join(_VOCABULARIES)}")
-    if not issubclass(loader, torch.nn.Module):
+    if torch.nn.Module not in loader.__mro__:
         return loader.from_pretrained(str(place), local_files_only=True)
     # Read in that precision rather than cast to it: some models keep a few weights in float32.
     model, report = loader.from_pretrained(str(place), local_files_only=True, output_loading_info=True, **precision)

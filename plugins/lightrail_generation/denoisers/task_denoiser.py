@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightrail.errors import CompositionError
 from lightrail.generation import Condition, Denoiser, Generated, Level, Noise, Prediction
 from lightrail.traits import Traits
 from lightrail_generation.tasks.data_range import inputs_of, training_batches
+from lightrail_generation.tasks.evaluating import evaluating
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -33,7 +32,7 @@ class TaskDenoiser(Denoiser):
 
     Example:
         >>> from lightrail_generation.tasks.flow_matching import FlowMatching
-        >>> TaskDenoiser(FlowMatching(nn.Identity())).form
+        >>> TaskDenoiser(FlowMatching(torch.nn.Identity())).form
         'flow'
     """
 
@@ -79,7 +78,7 @@ class TaskDenoiser(Denoiser):
     # Predictions.
 
     def output(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        with _evaluating(self.task):
+        with evaluating(self.task):
             return self.task.answer(x, self.path.levels(t.to(x.device), x.dim()), t, _label(condition))
 
     def predict(
@@ -87,7 +86,7 @@ class TaskDenoiser(Denoiser):
     ) -> Prediction:
         time = level.t if network_time is None else network_time
         times = torch.as_tensor(time, dtype=torch.float64).reshape(-1).expand(len(x))
-        with _evaluating(self.task):
+        with evaluating(self.task):
             return self.task.prediction(x, level, times, _label(condition))
 
     def start(self, noise: Noise, level: Level) -> Tensor:
@@ -178,16 +177,3 @@ class TaskDenoiser(Denoiser):
 
 def _label(condition: Condition | None) -> Tensor | None:
     return None if condition is None else condition.get("label")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in evaluation mode; on the way out each part is as it was."""
-    training = [each for each in module.modules() if each.training] if module.training else []
-    for each in training:
-        each.training = False
-    try:
-        yield
-    finally:
-        for each in training:
-            each.training = True

@@ -107,7 +107,7 @@ def scatter(points: Tensor, labels: Tensor | None, data: Tensor, names: Sequence
         names: Of the labels.
         title: Above all.
     """
-    figure, axes = _new_figure(6.0, 5.0, 1, 1)
+    figure, axes = _new_figure(6.0, 5.2 * _steepness(data) + 1.0, 1, 1)
     _draw_points(axes[0], points, labels, data)
     if labels is not None and len(names) <= len(COLOURS):
         axes[0].legend(
@@ -129,7 +129,7 @@ def points_over_time(rows: Sequence[tuple[str, Tensor]], labels: Tensor | None, 
     """
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure, axes = _new_figure(2.4 * columns, 2.2 * lines + 0.4, lines, columns)
+    figure, axes = _new_figure(2.4 * columns, (2.2 * _steepness(data) + 0.55) * lines + 0.4, lines, columns)
     for place in axes[len(rows) :]:
         place.axis("off")
     for place, (label, points) in zip(axes, rows, strict=False):
@@ -139,6 +139,14 @@ def points_over_time(rows: Sequence[tuple[str, Tensor]], labels: Tensor | None, 
         place.set_yticks([])
     _entitle(figure, title)
     return figure
+
+
+def _steepness(data: Tensor) -> float:
+    """Height over width of what points are drawn in."""
+    if data.shape[1] < 2:
+        return 0.5
+    width, height = (data.max(0).values - data.min(0).values)[:2].tolist()
+    return min(1.5, max(0.4, height / max(width, 1e-12)))
 
 
 def _draw_points(axes: Axes, points: Tensor, labels: Tensor | None, data: Tensor) -> None:
@@ -172,4 +180,4 @@ def _new_figure(width: float, height: float, rows: int, columns: int) -> tuple[F
 
 
 def _entitle(figure: Figure, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=INK)

@@ -16,7 +16,7 @@ from lightrail.traits import Traits
 from lightrail_generation.samplers.adams import along_rho
 from lightrail_generation.samplers.edm import euler, heun
 from lightrail_generation.samplers.exponential import lagrange_weights
-from lightrail_generation.samplers.pndm import adams
+from lightrail_generation.samplers.pndm import EQUAL_STEPS, adams
 
 __all__ = ["DEIS", "TABLEAUS", "multistep_weights", "runge_kutta"]
 
@@ -85,7 +85,8 @@ class DEIS(Sampler):
       ``order`` + 1 predictions; of that order, on any grid.
     - ``rho_heun``, ``rho_midpoint``, ``rho_kutta3``, ``rho_rk4``: Runge and Kutta on d(x/α)/dρ = ε, of order 2, 2, 3
       and 4, with as many evaluations a step.
-    - ``ipndm``: ``rhoab`` with the weights of equal steps in ρ, whatever the grid; order 2 at most on others.
+    - ``ipndm``: ``rhoab`` with the weights of equal steps in ρ, whatever the grid; order 2 at most on
+      smooth others.
 
     Args:
         steps: Steps, one evaluation each but for Runge and Kutta; at least 1.
@@ -130,7 +131,8 @@ class DEIS(Sampler):
         """The order is the method's."""
         method, looks_back = options.get("method", "tab"), options.get("order", 3)
         order = {"rho_heun": 2, "rho_midpoint": 2, "rho_kutta3": 3, "rho_rk4": 4, "ipndm": min(2, looks_back + 1)}
-        return dataclasses.replace(DEIS.traits, order=order.get(method, looks_back + 1))
+        exceptions = EQUAL_STEPS if method == "ipndm" and looks_back else {}
+        return dataclasses.replace(DEIS.traits, order=order.get(method, looks_back + 1), exceptions=exceptions)
 
     def __init__(self, steps: int = 10, method: str = "tab", order: int = 3) -> None:
         super().__init__(steps)

@@ -110,7 +110,7 @@ class DMCMC(Sampler):
         given model. ``residual`` takes one step toward that level from what the denoiser itself says,
         |y − D|/√(n − div D), with the divergence from the noise of the last move: good for many dimensions, rough for
         few. A move holds D and solves for y exactly, which is the paper's rule where η ≪ ρ², and is cut to
-        η = ρ²/2 where it would be longer: the paper's rule with its η = 0.8 is unstable below ρ = 0.4 and widens the
+        η = ρ²/2 where it would be longer: the paper's rule with its η = 0.8 is unstable below ρ = 0.45 and widens the
         chain's distribution above. The paper carries one chain on from sample to sample; here each sample has a chain
         of its own, so that it does not depend on others, and pays for the plain sample and the burn-in. Taking the
         state of least noise, as the paper does, favours states that look noisier than their level: in few dimensions

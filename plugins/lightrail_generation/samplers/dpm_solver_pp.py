@@ -136,8 +136,8 @@ class DPMSolverPP(Sampler):
 
     Deviations:
         The published code of order 3 halves the second derivative and is of order 2; ``exact`` mends that, ``compat``
-        keeps it. The paper's ``single`` spaces its inner places in λ, as here. Like diffusers, ``lower_order_final``
-        acts below 15 steps; the first code did below 10.
+        keeps it. The paper's ``single`` spaces its inner places in λ, as here. ``lower_order_final`` acts below 15
+        steps, as in diffusers; the published code says so too, and does it below 10.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
@@ -148,7 +148,8 @@ class DPMSolverPP(Sampler):
 
     Reference:
         C. Lu, Y. Zhou, F. Bao, J. Chen, C. Li and J. Zhu (2022), DPM-Solver++: Fast Solver for Guided Sampling of
-        Diffusion Probabilistic Models, arXiv 2211.01095, algorithms 1 and 2, and section 5 for the stochastic form.
+        Diffusion Probabilistic Models, arXiv 2211.01095, algorithms 1 (2S) and 2 (2M), and its
+        SDE-DPM-Solver++ for the stochastic form.
     """
 
     traits: ClassVar[Traits] = Traits(

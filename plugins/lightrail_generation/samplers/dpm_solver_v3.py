@@ -13,7 +13,7 @@ from torch import Tensor
 from lightrail.errors import ConfigurationError
 from lightrail.generation import Denoiser, Grid, Level, Predict, Prediction, Sampler, State
 from lightrail.generation.search import Artefact
-from lightrail.options import between
+from lightrail.options import at_least, between
 from lightrail.traits import Traits
 from lightrail_generation.samplers.model_statistics import ModelStatistics, step_weights, weighted_states
 
@@ -65,8 +65,8 @@ class DPMSolverV3(Sampler):
     x_t = α_t e^{−L} (x_s/α_s − ∫ e^{L+S} B dλ − ∫ e^{L+S} g dλ), g = e^{−S} f − B, with L = ∫ l, S = ∫ s and
     B = ∫ e^{−S} b from λ_s, and g a polynomial in λ through the last values.
 
-    The statistics of a model are measured once, by ``lightrail search ems``. l = 1, s = b = 0 extrapolates the data,
-    l = s = b = 0 the noise.
+    The statistics of a model are measured once, by ``lightrail search ems``. (l, s, b) = (1, 0, 0) extrapolates the
+    data, (0, −1, 0) the noise.
 
     Args:
         steps: Steps, each one evaluation, at least 1.
@@ -129,6 +129,7 @@ class DPMSolverV3(Sampler):
         lower_order_final: bool = True,
     ) -> None:
         super().__init__(steps)
+        at_least(1, order=order)
         between(1, 3, closed="both", order=order)
         self.order = order
         self.pseudo = pseudo
@@ -136,10 +137,10 @@ class DPMSolverV3(Sampler):
         self.corrector_pseudo = corrector_pseudo
         self.half = half
         self.lower_order_final = lower_order_final
-        known = {"data": 1.0, "noise": 0.0}
+        known = {"data": ModelStatistics.constant(1.0), "noise": ModelStatistics.constant(0.0, -1.0)}
         self.artefact = None if statistics in known else Artefact.load(statistics)
         if self.artefact is None:
-            self.statistics = ModelStatistics.constant(known[statistics])
+            self.statistics = known[statistics]
         else:
             self.statistics = _statistics(self.artefact, statistics)
 

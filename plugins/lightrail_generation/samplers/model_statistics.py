@@ -39,7 +39,7 @@ class ModelStatistics:
 
     @classmethod
     def constant(cls, l: float, s: float = 0.0, b: float = 0.0) -> ModelStatistics:  # noqa: E741
-        """The same at every λ: (1, 0, 0) makes a data solver, (0, 0, 0) a noise solver."""
+        """The same at every λ: (1, 0, 0) makes a data solver, (0, −1, 0) a noise solver."""
         return cls(np.zeros(1), *(np.full(1, value) for value in (l, s, b)))
 
     def at(self, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

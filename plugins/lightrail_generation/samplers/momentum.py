@@ -14,7 +14,7 @@ from lightrail.generation import Grid, Level, Predict, Prediction, Sampler, Stat
 from lightrail.options import between
 from lightrail.traits import Traits
 from lightrail_generation.samplers.adams import ADAMS, adams_bashforth, along_rho, combined, of_differences, terms_of
-from lightrail_generation.samplers.pndm import adams
+from lightrail_generation.samplers.pndm import EQUAL_STEPS, adams
 
 __all__ = ["GHVB", "HeavyBall", "Nesterov", "damping", "generalized_weights"]
 
@@ -203,8 +203,8 @@ class GHVB(_Momentum):
         ConfigurationError: An option is out of range.
 
     Deviations:
-        v starts as the first prediction, and the first steps have a shorter history, as in the published code. On grids
-        that are not uniform in ρ the order is 2 at most.
+        v starts as the first prediction, and the first steps have a shorter history, as in the published code. On
+        smooth grids that are not uniform in ρ the order is 2 at most.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
@@ -220,13 +220,18 @@ class GHVB(_Momentum):
     """
 
     traits: ClassVar[Traits] = dataclasses.replace(
-        HeavyBall.traits, rule="v = (1 − β) v + β ε, x_t = α_t (x_s/α_s + (ρ_t − ρ_s) Σ w_j v_j)", order=2
+        HeavyBall.traits,
+        rule="v = (1 − β) v + β ε, x_t = α_t (x_s/α_s + (ρ_t − ρ_s) Σ w_j v_j)",
+        order=2,
+        exceptions=EQUAL_STEPS,
     )
 
     @staticmethod
     def traits_under(options: Mapping[str, Any]) -> Traits:
         """Of one prediction it has order 1."""
-        return dataclasses.replace(GHVB.traits, order=min(2, math.ceil(options.get("order", 2.5))))
+        return (
+            GHVB.traits if options.get("order", 2.5) > 1 else dataclasses.replace(GHVB.traits, order=1, exceptions={})
+        )
 
     def __init__(self, steps: int = 20, order: float = 2.5) -> None:
         super().__init__(steps, order)
@@ -254,4 +259,4 @@ def _times(factor: float, terms: Iterable[tuple[float, Tensor]]) -> list[tuple[f
 
 def _at_whole_orders(traits: Traits, options: Mapping[str, Any]) -> Traits:
     n, beta = damping(options.get("order", 3.8))
-    return dataclasses.replace(traits, order=min(2, n) if beta == 1 else 1)
+    return dataclasses.replace(traits, order=2, exceptions=EQUAL_STEPS) if beta == 1 and n > 1 else traits

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from lightrail.errors import ConfigurationError
 from lightrail.generation import Grid, Level, NoisePath, Predict, Prediction, Sampler, State
-from lightrail.options import at_least, one_of
+from lightrail.options import at_least, between, one_of
 from lightrail.traits import Traits
 from lightrail_generation.samplers.adams import adams_bashforth, along_rho
 from lightrail_generation.samplers.edm import heun
 
-__all__ = ["FPNDM", "PLMS", "SPNDM", "adams", "pseudo_runge_kutta"]
+__all__ = ["EQUAL_STEPS", "FPNDM", "PLMS", "SPNDM", "adams", "pseudo_runge_kutta"]
 
 PAPER = (
     "L. Liu, Y. Ren, Z. Lin, Z. Zhao, 2022, Pseudo Numerical Methods for Diffusion Models on Manifolds, "
     "arXiv 2202.09778"
 )
 WARMUPS = ("adams", "heun")
+EQUAL_STEPS = {"has_its_order_on_uneven_grids": "the weights are those of equal steps: over random ones it has order 1"}
 
 
 def adams(x: Tensor, here: Level, there: Level, *slopes: Prediction | Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class PLMS(Sampler):
         ConfigurationError: An option is out of range.
 
     Deviations:
-        The weights are those of equal steps in ρ; on other grids, the default among them, the order is 2 at most, as
-        in the published code. ``deis`` has weights for the grid at hand. With warmup=heun it is what diffusers'
+        The weights are those of equal steps in ρ; where neighbouring steps differ little, as on the default grid, the
+        order is 2 at most, and 1 over steps of any length, as in the published code. ``deis`` has weights for the grid at hand. With warmup=heun it is what diffusers'
         ``PNDMScheduler`` does under skip_prk_steps.
 
     Example:
@@ -99,24 +100,19 @@ class PLMS(Sampler):
         order=2,
         needs_predictions=("noise",),
         example={"steps": 10},
+        exceptions=EQUAL_STEPS,
     )
     grid_name = "uniform"
 
     @staticmethod
     def traits_under(options: Mapping[str, Any]) -> Traits:
         """Of one prediction it is DDIM."""
-        return dataclasses.replace(PLMS.traits, order=min(2, options.get("order", 4)))
+        return PLMS.traits if options.get("order", 4) > 1 else dataclasses.replace(PLMS.traits, order=1, exceptions={})
 
     def __init__(self, steps: int = 50, order: int = 4, warmup: str = "adams") -> None:
         super().__init__(steps)
         at_least(1, order=order)
-        if order > 5:
-            raise ConfigurationError(
-                "plms has no rule of that order",
-                found=f"order={order}",
-                allowed="1 to 5",
-                remedy="Set sampler.order=4.",
-            )
+        between(1, 5, closed="both", order=order)
         one_of(WARMUPS, warmup=warmup)
         self.order = order
         self.warmup = warmup
@@ -144,7 +140,8 @@ class SPNDM(PLMS):
         steps: Steps, each one evaluation, and one more for the first; at least 1.
 
     Deviations:
-        As for ``plms``: the weights are those of equal steps in ρ. It keeps order 2 on other grids.
+        As for ``plms``: the weights are those of equal steps in ρ. It keeps order 2 where
+        neighbouring steps differ little.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
@@ -186,8 +183,8 @@ class FPNDM(Sampler):
         ConfigurationError: When a step has no whole time within it.
 
     Deviations:
-        The weights are those of equal steps in ρ; on other grids the order is 2, as in the published code, which rounds
-        (s + t)/2 down always. A step of Runge and Kutta that would end at σ = 0, where no network is asked, uses the
+        The weights are those of equal steps in ρ; on smooth other grids the order is 2, as in the published code, which
+        rounds (s + t)/2 down always. A step of Runge and Kutta that would end at σ = 0, where no network is asked, uses the
         multistep rule of the history there is.
 
     Example:

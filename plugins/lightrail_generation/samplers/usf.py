@@ -23,7 +23,7 @@ from lightrail.generation import (
     weighted_sum,
 )
 from lightrail.generation.search import Artefact
-from lightrail.options import between, one_of
+from lightrail.options import at_least, between, one_of
 from lightrail.traits import Traits
 from lightrail_generation.samplers.exponential import (
     adams_weights,
@@ -63,9 +63,11 @@ class SolverStep:
     back: int = 0
 
     def __post_init__(self) -> None:
+        at_least(1, order=self.order)
         between(1, 4, closed="both", order=self.order)
         one_of(FORMS, form=self.form)
         one_of(DERIVATIVES, derivatives=self.derivatives)
+        at_least(0, back=self.back)
         between(0, FURTHEST, closed="both", back=self.back)
         if self.back and self.derivatives != "exact":
             raise ConfigurationError(

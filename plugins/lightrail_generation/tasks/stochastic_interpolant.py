@@ -17,6 +17,7 @@ from lightrail.traits import Traits
 from lightrail_generation.tasks.data_range import inputs_of
 from lightrail_generation.tasks.denoising import DenoisingTask, Example
 from lightrail_generation.tasks.draws import Draws
+from lightrail_generation.tasks.evaluating import evaluating
 from lightrail_generation.tasks.time_sampling import TimeSampling
 from lightrail_generation.tasks.weightings import tensor_of
 
@@ -218,9 +219,12 @@ class StochasticInterpolant(DenoisingTask):
         if self.noise_model is None or not bool((gamma > 0).all()):
             return Prediction(x, level, "flow", flow)
         scale = tensor_of(-1 / gamma, x)
-        return _InterpolantPrediction(
-            x, level, flow, lambda: scale * self.network(x, time, label, self.noise_model).to(x.dtype)
-        )
+
+        def score() -> Tensor:
+            with evaluating(self):  # asked for later, when the mode may be another
+                return scale * self.network(x, time, label, self.noise_model).to(x.dtype)
+
+        return _InterpolantPrediction(x, level, flow, score)
 
     def start(self, noise: Noise, level: Level) -> Tensor:
         if self.source == "gaussian":

@@ -135,15 +135,15 @@ class TrainingSteps(TimeGrid):
                 "this model has no training steps",
                 found=f"time_grid=training_steps on {type(path).__name__}",
                 allowed="a model that was trained at whole times, as denoiser=diffusers or gaussian_mixture path=ddpm",
-                remedy="Choose +time_grid=uniform (with its shift for a flow), karras or uniform_lambda.",
+                remedy="Choose time_grid=uniform (with its shift for a flow), karras or uniform_lambda.",
             )
         at_least(1, steps=steps)
         start = self._start(path)
         self._check_count(path, start, steps)
         visited = self._visited(path, start, steps)
+        self._check(path, [level.t for level in visited])
         if finite and visited[0].t > path.t_finite:
             visited[0] = path.level(float(math.floor(path.t_finite)))
-        self._check(path, [level.t for level in visited])
         self._check_apart(visited)
         final = path.level(path.t_zero if self.end == "zero" else path.t_min)
         return Grid(path, (*visited[:steps], final), denoises_last=self.end == "denoise")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightrail.errors import CompositionError
 from lightrail.generation import (
     Denoiser,
     Grid,
@@ -83,7 +83,7 @@ class GaussianTeleport(SamplerWrapper):
 
     Raises:
         ConfigurationError: An option is out of range.
-        CompositionError: The model does not know its data.
+        CompositionError: The model does not know its data, or the time grid cannot start at ``rho``.
 
     Deviations:
         The paper takes the data to have no variance outside the kept directions; here it is that of the remainder.
@@ -118,7 +118,6 @@ class GaussianTeleport(SamplerWrapper):
         self.denoiser = denoiser
         self.rho = rho
         self.rank = rank
-
         self._fitted: tuple[Tensor, Tensor, Tensor, float] | None = None
 
     @property
@@ -142,6 +141,13 @@ class GaussianTeleport(SamplerWrapper):
         shorter = copy.copy(times)
         shorter.start = float(path.t_of_lam(-torch.tensor(self.rho, dtype=torch.float64).log()))
         rest = self.sampler.grid(path, shorter)
+        if not rest[0].rho < plain[0].rho:
+            raise CompositionError(
+                "gaussian_teleport needs a time grid that can start later",
+                found=f"{type(times).__name__}, which starts at ρ={rest[0].rho:.4g} wherever it is asked to",
+                allowed="a time grid that is spaced anew from time_grid.start on, such as uniform_lambda or karras",
+                remedy="Choose another time_grid, or leave sampler_wrapper=gaussian_teleport out.",
+            )
         return Grid(path, (plain[0], *rest.levels), rest.denoises_last)
 
     def start(self, x: Tensor, noise: Noise, grid: Grid) -> State:
@@ -163,23 +169,6 @@ class GaussianTeleport(SamplerWrapper):
         mean, values, directions = (each.to(state.x.device) for each in tensors)
         x = teleport(state.x, mean, values, directions, rest, grid[0], grid[1])
         return replace(self.sampler.start(x, state.noise, _rest(grid)), index=1)
-
-    def solve(
-        self, state: State, predict: Predict, grid: Grid, after_step: Callable[[State], State] | None = None
-    ) -> State:
-        if not self._jumps(grid):
-            return self.sampler.solve(state, predict, grid, after_step)
-        if state.index == 0:
-            state = self._jumped(state, grid)
-            state = after_step(state) if after_step else state
-
-        def seen(inner: State) -> State:
-            outer = after_step(replace(inner, index=inner.index + 1))  # type: ignore[misc]
-            return replace(outer, index=outer.index - 1)
-
-        inner = replace(state, index=state.index - 1)
-        solved = self.sampler.solve(inner, predict, _rest(grid), seen if after_step else None)
-        return replace(solved, index=solved.index + 1)
 
     def evaluations(self, grid: Grid) -> int | None:
         return self.sampler.evaluations(_rest(grid) if self._jumps(grid) else grid)

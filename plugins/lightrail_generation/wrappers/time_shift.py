@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class TimeShift(SamplerWrapper):
         Sampling with Shifted Time Steps, arXiv 2305.15583, algorithm 3.
     """
 
-    traits = Traits(
+    traits: ClassVar[Traits] = Traits(
         rule="t_s = argmin |var(x) − σ²(τ)| over a window around t",
         paper="M. Li, T. Qu, R. Yao, W. Sun, M.-F. Moens, 2024, Alleviating Exposure Bias in Diffusion Models through "
         "Sampling with Shifted Time Steps, arXiv 2305.15583",
@@ -97,11 +97,6 @@ class TimeShift(SamplerWrapper):
 
     def step(self, state: State, predict: Predict, grid: Grid) -> State:
         return self.sampler.step(state, self._shifting(predict, grid), grid)
-
-    def solve(
-        self, state: State, predict: Predict, grid: Grid, after_step: Callable[[State], State] | None = None
-    ) -> State:
-        return self.sampler.solve(state, self._shifting(predict, grid), grid, after_step)
 
     def _shifting(self, predict: Predict, grid: Grid) -> Predict:
         first, path = grid[0].t, grid.path

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """DDIM: the affine maps between levels, against the exact flow, other forms of it, and diffusers."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 """The adapter of diffusers' pipelines: what it reads of a folder, what the network is told, and what it refuses."""
 
 from __future__ import annotations

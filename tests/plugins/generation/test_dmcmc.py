@@ -141,8 +141,8 @@ def test_the_samples_are_the_mixtures(path):
     assert torch.allclose(covariance, expected, atol=0.1)
     nearest = (x[:, None] - mixture.means).square().sum(-1).argmin(1)
     truth = (mixture.draw(Noise(0, range(3000), (2,)))[:, None] - mixture.means).square().sum(-1).argmin(1)
-    shares = [torch.bincount(each, minlength=3) / 3000 for each in (nearest, truth)]
-    assert torch.allclose(*shares, atol=0.04)
+    found, wanted = (torch.bincount(each, minlength=3) / 3000 for each in (nearest, truth))
+    assert torch.allclose(found, wanted, atol=0.04)
 
 
 def test_the_state_of_least_noise_lies_further_out_than_its_level_says():

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """DPM-Solver++: multistep, single and stochastic, against the exact flow, other solvers and diffusers."""
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def test_order_three_from_an_exact_history(third_order, slope):
         sampler = DPMSolverPP(n, order=3, third_order=third_order, **PLAIN)
         times = UniformLambda(1.0, 0.05, "minimum")
         grid = sampler.grid(MIXTURE.path, times)
-        seeds = MIXTURE.exact(START, 1.0, [level.t for level in grid[1:3]])
+        seeds = MIXTURE.exact(START, 1.0, [level.t for level in grid.levels[1:3]])
 
         def seeded(state, seeds=seeds):
             return dataclasses.replace(state, x=seeds[state.index - 1]) if state.index <= 2 else state

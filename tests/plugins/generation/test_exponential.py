@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Exponential integrators: φ functions and weights against integrals worked out otherwise."""
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_flow_matching_is_the_diffusion_loss_of_its_path_in_another_weight():
 @pytest.mark.parametrize("coupling", COUPLED)
 def test_a_coupling_makes_targets_smaller_and_gradients_less_noisy(coupling):
     """The gradient of one sample varies less about the mean over samples."""
-    x0, label = points()
+    x0, _ = points()
 
     def spread(kind):
         task = FlowMatching(Linear(0.0), coupling=kind).double()
@@ -121,7 +121,7 @@ def test_a_coupling_makes_targets_smaller_and_gradients_less_noisy(coupling):
 
     plain, coupled = spread("independent"), spread(coupling)
     assert coupled[0] < 0.75 * plain[0]
-    assert coupled[1] < 0.75 * plain[1]
+    assert coupled[1] < 0.85 * plain[1]
 
 
 def test_an_exact_coupling_lowers_the_least_loss_that_a_network_can_reach():

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Runge–Kutta solvers of a flow: their orders, their last step, DDIM and other libraries' Euler."""
 
 from __future__ import annotations

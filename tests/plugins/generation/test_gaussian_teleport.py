@@ -15,6 +15,7 @@ from lightrail_generation.samplers.ddim import DDIM
 from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
 from lightrail_generation.samplers.flow import FlowHeun
 from lightrail_generation.samplers.unipc import UniPC
+from lightrail_generation.time_grids.explicit import Explicit
 from lightrail_generation.time_grids.uniform import Uniform
 from lightrail_generation.time_grids.uniform_lambda import UniformLambda
 from lightrail_generation.wrappers.dualfast import DualFast
@@ -177,6 +178,12 @@ def test_a_model_that_does_not_know_its_data_is_refused():
     wrapped = GaussianTeleport(DDIM(4), Nameless())
     with pytest.raises(CompositionError, match="data"):
         wrapped.prepare(Nameless())
+
+
+def test_a_grid_that_cannot_start_later_is_refused():
+    wrapped = GaussianTeleport(DDIM(2), MIXTURE)
+    with pytest.raises(CompositionError, match="start later"):
+        wrapped.grid(MIXTURE.path, Explicit([1.0, 0.5, 0.1]))
 
 
 @pytest.mark.parametrize("options", [{"rho": 0}, {"rank": 0}])

@@ -31,7 +31,7 @@ class Bent(nn.Module):
         self.one = nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def forward(self, x, time, label):
-        return self.one * torch.stack(((2 * x[:, 0]).sin() + x[:, 1], x[:, 0] * x[:, 1]), 1)
+        return self.one * torch.stack(((2 * x[:, 0]).sin() + x.sum(1), x[:, 0] * x[:, 1]), 1)
 
 
 class Fixed(Draws):
@@ -103,7 +103,7 @@ def test_stein_gives_the_trace_of_the_derivative():
         moved = x + 0.3 * 0.8 * smoothing
         size = (1 + 0.8**2) ** 0.5
         inside = moved / size
-        divergence = (2 * (2 * inside[:, 0]).cos() + inside[:, 0]) / size
+        divergence = (2 * (2 * inside[:, 0]).cos() + 1 + inside[:, 0]) / size
     # The loss is averaged over two numbers; −ε·z'/smoothing has the mean −σ tr ∇ε.
     assert first == pytest.approx(-0.8 * divergence.mean().item() / 2, abs=0.02)
     assert abs(first) > 0.1
@@ -139,7 +139,8 @@ def test_what_it_learns_is_converted_like_any_noise():
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"norm_at": "x"}, "norm_at"), ({"smoothing": 0.0}, "smoothing"), ({"schedule": "vp"}, "schedule")]
+    ("options", "named"),
+    [({"norm_at": "x"}, "norm_at"), ({"smoothing": 0.0}, "smoothing"), ({"schedule": "vp"}, "schedule")],
 )
 def test_options_that_cannot_be_are_refused(options, named):
     with pytest.raises(ConfigurationError, match=named):

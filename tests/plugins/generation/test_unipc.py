@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """UniPC: predictor and corrector of each order, against the exact flow, the equations of the paper and diffusers."""
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def test_the_corrector_raises_the_order_by_one(order, b, form, corrector):
     for n in (60, 120):
         sampler = UniPC(n, order, form, b, corrector=corrector, **PLAIN)
         grid = sampler.grid(MIXTURE.path, times)
-        seeds = MIXTURE.exact(START[:8], 1.0, [level.t for level in grid[1 : order + 1]])
+        seeds = MIXTURE.exact(START[:8], 1.0, [level.t for level in grid.levels[1 : order + 1]])
 
         def seeded(state, seeds=seeds):
             # An exact state is not one to correct.

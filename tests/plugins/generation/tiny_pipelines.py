@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Diffusers pipelines with tiny networks and random weights."""
 
 from __future__ import annotations

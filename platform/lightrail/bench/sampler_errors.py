@@ -1,0 +1,197 @@
+"""How far samplers end from the exact solution of one problem, each with its best time grid, under one budget."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightrail.catalogue import available, load
+from lightrail.errors import UserError
+from lightrail.generation import GaussianMixture, Sampler, sample
+from lightrail.testing.building import missing_options
+from lightrail.traits import traits_of
+
+__all__ = ["BUDGETS", "PAIRS", "Found", "Problem", "errors_of_peers", "errors_of_samplers"]
+
+BUDGETS = (5, 8, 10, 20, 50)
+
+# Settings that are tried beside the defaults of an installed sampler.
+_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "deis": [{"method": m, "order": k} for m in ("tab", "rhoab", "loglam") for k in (1, 2, 3)],
+    "dpm_solver": [{"order": 2}, {"order": 3}, {"variant": "fast"}],
+    "dpm_solver_pp": [
+        {"order": 2},
+        {"order": 2, "solver_type": "taylor"},
+        {"order": 3},
+        {"order": 3, "lower_order_final": False},
+    ],
+    "dpm_solver_v3": [{"order": 2}, {"order": 3}],
+    "plms": [{"order": 2}, {"order": 3}, {"order": 4}],
+    "unipc": [{"order": k, "b": b} for k in (2, 3) for b in ("bh1", "bh2")],
+}
+# Spacings that are tried of an installed time grid; of others the defaults.
+_SPACINGS: dict[str, list[dict[str, Any]]] = {
+    "training_steps": [{"spacing": each} for each in ("linspace", "leading", "trailing", "karras", "lambda")],
+}
+# The same method here and there; of "single" there is another scheduler.
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("ddim", "DDIMScheduler"),
+    ("edm_euler", "EulerDiscreteScheduler"),
+    ("edm_heun", "HeunDiscreteScheduler"),
+    ("dpm_solver_pp", "DPMSolverMultistepScheduler"),
+    ("dpm_solver_pp", "DPMSolverSinglestepScheduler"),
+    ("dpm_solver", "KDPM2DiscreteScheduler"),
+    ("deis", "DEISMultistepScheduler"),
+    ("deis", "LMSDiscreteScheduler"),
+    ("unipc", "UniPCMultistepScheduler"),
+    ("plms", "PNDMScheduler"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one method under one budget.
+
+    Args:
+        method: The sampler, or the scheduler.
+        library: ``lightrail`` or ``diffusers``.
+        setting: Options and spacing.
+        budget: At most how many evaluations.
+        evaluations: How many there were.
+        error: The root mean square distance from the exact solution.
+    """
+
+    method: str
+    library: str
+    setting: str
+    budget: int
+    evaluations: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """From one noise to the data, on a path of 1000 training times.
+
+    Args:
+        samples: How many.
+    """
+
+    samples: int = 64
+    mixture: GaussianMixture = field(default_factory=lambda: GaussianMixture(path="ddpm"))
+
+    def __post_init__(self) -> None:
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal((self.samples, 2)))
+        times = [0.0, -1.0]
+        object.__setattr__(self, "start", noise)
+        object.__setattr__(
+            self, "exact", dict(zip(times, self.mixture.exact(noise, self.mixture.path.t_max, times), strict=True))
+        )
+
+    start: Tensor = field(init=False)
+    exact: Mapping[float, Tensor] = field(init=False)
+
+    def error(self, x: Tensor, time: float = -1.0) -> float:
+        """How far states at a time are from the exact ones."""
+        return float((x - self.exact[time]).square().mean().sqrt())
+
+
+def errors_of_samplers(problem: Problem, budgets: Sequence[int], only: Sequence[str] = ()) -> Iterator[Found]:
+    """Every installed sampler that draws no noise, in each of its settings on each time grid.
+
+    Args:
+        problem: What is solved.
+        budgets: How many evaluations there may be.
+        only: Some samplers; all where none is given.
+    """
+    grids = list(_time_grids())
+    for name in available("sampler"):
+        if only and name not in only:
+            continue
+        for label, build in _builders(name):
+            for (spacing, times), budget in itertools.product(grids, budgets):
+                found = _solved(problem, build, times, budget)
+                if found is not None:
+                    yield Found(name, "lightrail", ", ".join(filter(None, (label, spacing))), budget, *found)
+
+
+def _builders(name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        plugin = load("sampler", name)
+    except UserError as error:
+        print(f"left out: {error.what}", file=sys.stderr)
+        return
+    if not issubclass(plugin, Sampler) or missing_options(plugin, {}, given=0):
+        return
+    for options in _SETTINGS.get(name, [{}]):
+        if not traits_of(plugin, options).is_stochastic and "steps" in inspect.signature(plugin).parameters:
+            label = ", ".join(f"{key}={value}" for key, value in options.items())
+            yield label, lambda steps, options=options: plugin(steps=steps, **options)
+
+
+def _time_grids() -> Iterator[tuple[str, Any]]:
+    for name in available("time_grid"):
+        try:
+            plugin = load("time_grid", name)
+        except UserError as error:
+            print(f"left out: {error.what}", file=sys.stderr)
+            continue
+        if missing_options(plugin, {}, given=0):
+            continue  # times that are given one by one or read from a file
+        for options in _SPACINGS.get(name, [{}]):
+            label = " ".join((name, *(str(value) for value in options.values())))
+            yield label, plugin(**options)
+
+
+def _solved(problem: Problem, build: Any, times: Any, budget: int) -> tuple[int, float] | None:
+    """Evaluations and error with as many steps as the budget has room for; ``None`` where it has for none."""
+    for steps in range(budget, 0, -1):
+        try:
+            sampler = build(steps)
+            grid = sampler.grid(problem.mixture.path, times)
+        except UserError:
+            continue
+        asked = sampler.evaluations(grid)
+        if asked is None:
+            return None
+        if asked > budget:
+            continue
+        sampler.prepare(problem.mixture)
+        found = sample(problem.mixture, sampler, grid, range(problem.samples), start=problem.start)
+        error = problem.error(found.x)
+        return (found.evaluations, error) if np.isfinite(error) else None
+    return None
+
+
+def errors_of_peers(problem: Problem, budgets: Sequence[int], only: Sequence[str] = ()) -> Iterator[Found]:
+    """Every deterministic scheduler of diffusers, in each of its settings and spacings.
+
+    Args:
+        problem: What is solved.
+        budgets: How many evaluations there may be.
+        only: Some schedulers, by class; all where none is given.
+    """
+    from lightrail.bench.diffusers_schedulers import schedulers
+
+    for scheduler in schedulers(only):
+        for budget in budgets:
+            count = scheduler.count_within(budget)
+            if count is None:
+                continue
+            try:
+                x, evaluations = scheduler.solved(problem.mixture, problem.start, count)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                print(f"left out: {scheduler.name}, {scheduler.label}, {count} steps ({reason})", file=sys.stderr)
+                continue
+            found = problem.error(x, scheduler.last_time(count))
+            if np.isfinite(found):
+                yield Found(scheduler.name, "diffusers", scheduler.label, budget, evaluations, found)
