@@ -16,6 +16,7 @@ __all__ = ["images_over_time", "is_image", "points_over_time", "sample_grid", "s
 INK, FAINT, RED = "#374151", "#d1d5db", "#c43d5a"
 COLOURS = ("#3866d6", "#e07a1f", "#1f9d76", "#a04fb8", "#c43d5a", "#6b7280", "#2a9bb5", "#97852a")
 GAP = 1  # pixels between images
+WIDE = 6.0  # inches that images fill: what a report shows without shrinking it
 _RC: Any = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
 
 
@@ -38,7 +39,7 @@ def sample_grid(
         limits: The values that are black and white; by default those of the images.
     """
     rows = -(-len(images) // columns)
-    side = min(0.8, 8.0 / columns)
+    side = min(0.8, WIDE / columns)
     figure, axes = _new_figure(side * columns + 0.3, side * rows + (0.85 if headings else 0.55), 1, 1)
     _draw_mosaic(axes[0], images, columns, headings, limits)
     height, width = (size + GAP for size in images.shape[2:])
@@ -60,8 +61,8 @@ def images_over_time(rows: Sequence[tuple[str, Tensor]], headings: Sequence[str]
         limits: The values that are black and white; ``None`` for those of the last row.
     """
     columns = len(rows[0][1])
-    side = min(0.62, 7.2 / columns)
-    figure, axes = _new_figure(side * columns + 1.5, side * len(rows) + (0.85 if headings else 0.55), 1, 1)
+    side = min(0.6, (WIDE - 1.2) / columns)
+    figure, axes = _new_figure(side * columns + 1.4, side * len(rows) + (0.85 if headings else 0.55), 1, 1)
     images = np.concatenate([each.numpy() for _, each in rows])
     limits = _limits(rows[-1][1].numpy()) if limits is None else limits
     _draw_mosaic(axes[0], images, columns, headings, limits)

@@ -262,7 +262,7 @@ class DPMSolver(Sampler):
         dims = x.ndim
         lam = torch.full((len(x),), grid[state.index].lam, dtype=torch.float64, device=x.device)
         h = state.memory.get("h", torch.full_like(lam, self.first_step))
-        compared = state.memory.get("compared", x)
+        compared = x
         while bool((lam < end).any()):
             taken = torch.minimum(h, end - lam)
             shares = (0.0, *INNER[self.order], 1.0)
@@ -280,7 +280,7 @@ class DPMSolver(Sampler):
             # What was cut at the end of an interval says little about the next.
             wanted = torch.where(is_last & is_taken, torch.maximum(wanted, h), wanted)
             h = torch.where(taken > 0, wanted.clamp(min=SMALLEST_STEP), h)
-        return state.next(x, h=h, compared=compared)
+        return state.next(x, h=h)
 
     def _error(self, high: Tensor, low: Tensor, compared: Tensor) -> Tensor:
         """√mean((x_high − x_low)²/max(atol, rtol |x|)²) of each sample, ``[B]``; 1 is just accepted."""

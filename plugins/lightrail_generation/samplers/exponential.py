@@ -25,7 +25,6 @@ from lightrail.options import one_of
 
 __all__ = [
     "VARIABLES",
-    "adams_bashforth",
     "adams_weights",
     "carried",
     "divided_difference",
@@ -234,21 +233,6 @@ def divided_difference(knots: Sequence[float]) -> list[float]:
         [0.5, -1.0, 0.5]
     """
     return [1 / math.prod(own - other for i, other in enumerate(knots) if i != j) for j, own in enumerate(knots)]
-
-
-@functools.cache
-def adams_bashforth(count: int) -> tuple[float, ...]:
-    """Weights of Adams and Bashforth at equal steps, newest first; they sum to 1.
-
-    Args:
-        count: How many values, at least 1.
-
-    Example:
-        >>> [round(24 * w, 9) for w in adams_bashforth(4)]
-        [55.0, -59.0, 37.0, -9.0]
-    """
-    rows = lagrange_coefficients([-float(j) for j in range(count)])
-    return tuple(math.fsum(c / (k + 1) for k, c in enumerate(row)) for row in rows)
 
 
 def _quadrature(here: Level, there: Level, form: str) -> tuple[np.ndarray, np.ndarray]:

@@ -229,9 +229,9 @@ class GHVB(_Momentum):
     @staticmethod
     def traits_under(options: Mapping[str, Any]) -> Traits:
         """Of one prediction it has order 1."""
-        return (
-            GHVB.traits if options.get("order", 2.5) > 1 else dataclasses.replace(GHVB.traits, order=1, exceptions={})
-        )
+        if options.get("order", 2.5) > 1:
+            return GHVB.traits
+        return dataclasses.replace(GHVB.traits, order=1, exceptions={})
 
     def __init__(self, steps: int = 20, order: float = 2.5) -> None:
         super().__init__(steps, order)

@@ -77,9 +77,9 @@ class PLMS(Sampler):
         ConfigurationError: An option is out of range.
 
     Deviations:
-        The weights are those of equal steps in ρ; where neighbouring steps differ little, as on the default grid, the
-        order is 2 at most, and 1 over steps of any length, as in the published code. ``deis`` has weights for the grid at hand. With warmup=heun it is what diffusers'
-        ``PNDMScheduler`` does under skip_prk_steps.
+        The weights are those of equal steps in ρ, as in the published code; where neighbouring steps differ little, as
+        on the default grid, the order is 2 at most, and 1 over steps of any length. ``deis`` has weights for the grid
+        at hand. With warmup=heun it is what diffusers' ``PNDMScheduler`` does under skip_prk_steps.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
@@ -184,8 +184,8 @@ class FPNDM(Sampler):
 
     Deviations:
         The weights are those of equal steps in ρ; on smooth other grids the order is 2, as in the published code, which
-        rounds (s + t)/2 down always. A step of Runge and Kutta that would end at σ = 0, where no network is asked, uses the
-        multistep rule of the history there is.
+        rounds (s + t)/2 down always. A step of Runge and Kutta that would end at σ = 0, where no network is asked,
+        uses the multistep rule of the history there is.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample

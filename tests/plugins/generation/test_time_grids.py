@@ -48,6 +48,12 @@ def test_karras_is_the_papers_list() -> None:
     assert found[-1] == 0
 
 
+def test_whole_training_times_stay_whole() -> None:
+    table = PATHS[-1]
+    found = times(Uniform(start=999, stop=-1.0, end="minimum"), table, 10)
+    assert found == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+
+
 def test_a_shift_spends_steps_at_the_noisy_end() -> None:
     found = times(Uniform(shift=3.0), LinearFlow(), 4, finite=False)
     np.testing.assert_allclose(found, [1.0, 0.9, 0.75, 0.5, 0.0], rtol=1e-12)
@@ -58,7 +64,9 @@ def test_a_shift_spends_steps_at_the_noisy_end() -> None:
 
 def test_listed_times_are_taken_as_they_are() -> None:
     assert times(Explicit([0.9, 0.3, 0.0]), LinearFlow(), 2) == [0.9, 0.3, 0.0]
-    assert times(Explicit([1.0, 0.0]), LinearFlow(), 1) == [1.0, 0.0]
+    assert times(Explicit([1.0, 0.0]), LinearFlow(), 1, finite=False) == [1.0, 0.0]
+    with pytest.raises(ConfigurationError, match="starts where no data are left"):
+        times(Explicit([1.0, 0.0]), LinearFlow(), 1)
     with pytest.raises(ConfigurationError, match="do not make that many steps"):
         times(Explicit([0.9, 0.3, 0.0]), LinearFlow(), 3)
     with pytest.raises(ConfigurationError, match="does not fall"):
