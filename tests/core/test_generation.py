@@ -21,6 +21,7 @@ from lightrail.generation import (
     NoisePath,
     Prediction,
     Sampler,
+    SamplerWrapper,
     State,
     TableVP,
     TimeGrid,
@@ -352,6 +353,8 @@ def test_what_a_model_cannot_give_is_refused_before_anything_is_spent() -> None:
     mixture.gives = ("flow",)
     with pytest.raises(CompositionError, match="needs the data prediction"):
         check_fit(mixture, Euler(steps=2))
+    with pytest.raises(CompositionError, match="needs the data prediction"):
+        check_fit(mixture, SamplerWrapper(Euler(steps=2)))
 
 
 def test_too_few_steps_are_refused() -> None:

@@ -16,6 +16,7 @@ BENCHES = {
     "startup": "how long the command line and a run take to begin",
     "step": "what a training step costs over plain PyTorch and bare Lightning, and what optimizers cost over AdamW",
     "optimizers": "what every optimizer's update costs, beside torch's AdamW and other libraries",
+    "samplers": "how exact samplers are under a budget of evaluations and what their steps cost, beside diffusers",
     "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 
@@ -65,9 +66,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.document:
         options.document.parent.mkdir(parents=True, exist_ok=True)
         # How it was made, without where it was written.
-        places = {"--json", "--document", str(options.json), str(options.document)}
+        flags = ("--json", "--document", "--folder")
+        places = {*flags, *(str(getattr(options, flag[2:], None)) for flag in flags)}
         words = " ".join(("lightrail", "bench", *(word for word in arguments if word not in places)))
         with replacing(options.document) as temporary:
-            temporary.write_text(f"Made by `{words}`; not edited by hand.\n\n```text\n{found.text()}\n```\n")
+            body = found.markdown() if hasattr(found, "markdown") else f"```text\n{found.text()}\n```"
+            temporary.write_text(f"Made by `{words}`; not edited by hand.\n\n{body}\n")
     print(f"\nwritten to {path}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightrail.generation import GaussianMixture
 
-__all__ = ["Scheduler", "is_installed", "schedulers"]
+__all__ = ["Scheduler", "is_installed", "last_time", "schedulers"]
 
 SPACINGS = ("linspace", "leading", "trailing")
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -77,39 +78,46 @@ class Scheduler:
         told = [f"{key}={value}" for key, value in self.options.items() if key not in silent]
         return ", ".join([*told, *([self.spacing] if self.spacing else [])])
 
-    def built(self, count: int) -> Any:
-        """The scheduler, with its times set."""
+    @functools.cached_property
+    def _fresh(self) -> Any:
+        # Some take a second to be made.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            scheduler = getattr(_diffusers(), self.name)(**TABLE, **self.options)
+            return getattr(_diffusers(), self.name)(**TABLE, **self.options)
+
+    def built(self, count: int) -> Any:
+        """The scheduler, with its times set."""
+        scheduler = copy.deepcopy(self._fresh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             scheduler.set_timesteps(count)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return scheduler
 
-    def count_within(self, budget: int) -> int | None:
-        """The largest number of steps that asks the network at most ``budget`` times."""
+    def within(self, budget: int) -> Any:
+        """Built with the most steps that ask the network at most ``budget`` times; ``None`` where none do."""
         # One evaluation a step, with one or nine beside them, or two a step but in the last.
-        for count in sorted({budget, budget - 1, budget - 9, (budget + 1) // 2}, reverse=True):
+        for count in sorted({budget, budget - 1, budget - 9, (budget + 1) // 2} - {0}, reverse=True):
             try:
-                if 0 < len(self.built(count).timesteps) <= budget:
-                    return count
+                scheduler = self.built(count)
             except Exception:  # a number of steps that it cannot do
                 continue
+            if 0 < len(scheduler.timesteps) <= budget:
+                return scheduler
         return None
 
     @torch.no_grad()
-    def solved(self, mixture: GaussianMixture, start: Tensor, count: int) -> tuple[Tensor, int]:
-        """Where it ends, and how often the network was asked.
+    def solved(self, scheduler: Any, mixture: GaussianMixture, start: Tensor) -> Tensor:
+        """Where it ends.
 
         The network is asked at the very noise level that the scheduler computes with, in double precision.
 
         Args:
+            scheduler: Built, and not used yet.
             mixture: On the path ``ddpm``.
             start: Standard normal, ``[B, …]``.
-            count: Steps.
         """
-        scheduler = self.built(count)
         x = start * float(scheduler.init_noise_sigma)
         for index, t in enumerate(scheduler.timesteps):
             scheduler.scale_model_input(x, t)  # some keep count of it
@@ -121,12 +129,13 @@ class Scheduler:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 x = scheduler.step(mixture.predict(state, level).noise, t, x).prev_sample
-        return x, len(scheduler.timesteps)
+        return x
 
-    def last_time(self, count: int) -> float:
-        """The time that it ends at: the data, or for those that keep the least noise of the table that level."""
-        sigmas = getattr(self.built(count), "sigmas", None)
-        return 0.0 if sigmas is not None and float(sigmas[-1]) > 0 else -1.0
+
+def last_time(scheduler: Any) -> float:
+    """The time that it ends at: the data, or that of the table's least noise where it keeps that."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    return 0.0 if sigmas is not None and float(sigmas[-1]) > 0 else -1.0
 
 
 def _sigma(scheduler: Any, index: int) -> Tensor:
@@ -137,8 +146,9 @@ def _sigma(scheduler: Any, index: int) -> Tensor:
 @functools.cache
 def _diffusers() -> Any:
     import diffusers
+    from diffusers.utils import logging
 
-    diffusers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     return diffusers
 
 

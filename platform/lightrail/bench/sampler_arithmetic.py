@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightrail.bench.diffusers_schedulers import Scheduler, is_installed
+from lightrail.bench.diffusers_schedulers import Scheduler
 from lightrail.bench.table import Table
 from lightrail.catalogue import available, load
 from lightrail.generation import Condition, Denoiser, Evaluator, Noise
@@ -55,12 +55,14 @@ class _Still(Denoiser):
         return self.answer
 
 
-def measure_arithmetic(rounds: int, batch: int = 64) -> Table:
+def measure_arithmetic(rounds: int, batch: int = 64, only: Collection[str] = (), *, with_peers: bool = True) -> Table:
     """Times whole runs of a method here and there in turn, and divides by the evaluations.
 
     Args:
         rounds: How often each pair is measured.
         batch: Samples at a time.
+        only: Some samplers; all that have a peer where none is given.
+        with_peers: Whether the schedulers are measured too.
     """
     table = Table(
         f"arithmetic of a solver: an evaluation of {batch} x {' x '.join(map(str, SHAPE))} float32, the network's own "
@@ -70,11 +72,11 @@ def measure_arithmetic(rounds: int, batch: int = 64) -> Table:
     )
     still = _Still(batch)
     for name, options, peer, settings in _PAIRS:
-        if name not in available("sampler"):
+        if name not in available("sampler") or (only and name not in only):
             continue
         label = ", ".join((name, *(f"{key}={value}" for key, value in options.items())))
         ours = _of_sampler(name, options, still)
-        theirs = _of_scheduler(peer, settings, still) if is_installed() else None
+        theirs = _of_scheduler(peer, settings, still) if with_peers else None
         mine, beside = [], []
         for _ in range(rounds):
             mine.append(ours())

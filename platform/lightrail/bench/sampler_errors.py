@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightrail.catalogue import available, load
 from lightrail.errors import UserError
-from lightrail.generation import GaussianMixture, Sampler, sample
+from lightrail.generation import GaussianMixture, NoisePath, Sampler, TimeGrid, sample
 from lightrail.testing.building import missing_options
 from lightrail.traits import traits_of
 
@@ -137,7 +138,7 @@ def _builders(name: str) -> Iterator[tuple[str, Any]]:
             yield label, lambda steps, options=options: plugin(steps=steps, **options)
 
 
-def _time_grids() -> Iterator[tuple[str, Any]]:
+def _time_grids() -> Iterator[tuple[str, TimeGrid]]:
     for name in available("time_grid"):
         try:
             plugin = load("time_grid", name)
@@ -148,27 +149,43 @@ def _time_grids() -> Iterator[tuple[str, Any]]:
             continue  # times that are given one by one or read from a file
         for options in _SPACINGS.get(name, [{}]):
             label = " ".join((name, *(str(value) for value in options.values())))
-            yield label, plugin(**options)
+            yield label, _Kept(plugin(**options))
 
 
-def _solved(problem: Problem, build: Any, times: Any, budget: int) -> tuple[int, float] | None:
+class _Kept(TimeGrid):
+    """A spacing whose grids are worked out once."""
+
+    def __init__(self, inner: TimeGrid) -> None:
+        super().__init__()
+        self.inner = inner
+        self.grid = functools.cache(inner.grid)  # type: ignore[method-assign]
+
+    def times(self, path: NoisePath, start: float, stop: float, count: int) -> np.ndarray:
+        return self.inner.times(path, start, stop, count)
+
+
+def _solved(problem: Problem, build: Any, times: TimeGrid, budget: int) -> tuple[int, float] | None:
     """Evaluations and error with as many steps as the budget has room for; ``None`` where it has for none."""
-    for steps in range(budget, 0, -1):
+    steps = budget
+    while steps > 0:
         try:
-            sampler = build(steps)
+            sampler: Sampler = build(steps)
             grid = sampler.grid(problem.mixture.path, times)
         except UserError:
+            steps -= 1
             continue
         asked = sampler.evaluations(grid)
         if asked is None:
             return None
-        if asked > budget:
-            continue
-        sampler.prepare(problem.mixture)
-        found = sample(problem.mixture, sampler, grid, range(problem.samples), start=problem.start)
-        error = problem.error(found.x)
-        return (found.evaluations, error) if np.isfinite(error) else None
-    return None
+        if asked <= budget:
+            break
+        steps = min(steps - 1, steps * budget // asked + 1)
+    else:
+        return None
+    sampler.prepare(problem.mixture)
+    found = sample(problem.mixture, sampler, grid, range(problem.samples), start=problem.start)
+    error = problem.error(found.x)
+    return (found.evaluations, error) if np.isfinite(error) else None
 
 
 def errors_of_peers(problem: Problem, budgets: Sequence[int], only: Sequence[str] = ()) -> Iterator[Found]:
@@ -179,19 +196,18 @@ def errors_of_peers(problem: Problem, budgets: Sequence[int], only: Sequence[str
         budgets: How many evaluations there may be.
         only: Some schedulers, by class; all where none is given.
     """
-    from lightrail.bench.diffusers_schedulers import schedulers
+    from lightrail.bench.diffusers_schedulers import last_time, schedulers
 
-    for scheduler in schedulers(only):
-        for budget in budgets:
-            count = scheduler.count_within(budget)
-            if count is None:
-                continue
-            try:
-                x, evaluations = scheduler.solved(problem.mixture, problem.start, count)
-            except Exception as error:
-                reason = str(error).partition("\n")[0]
-                print(f"left out: {scheduler.name}, {scheduler.label}, {count} steps ({reason})", file=sys.stderr)
-                continue
-            found = problem.error(x, scheduler.last_time(count))
-            if np.isfinite(found):
-                yield Found(scheduler.name, "diffusers", scheduler.label, budget, evaluations, found)
+    for each, budget in itertools.product(schedulers(only), budgets):
+        scheduler = each.within(budget)
+        if scheduler is None:
+            continue
+        try:
+            x = each.solved(scheduler, problem.mixture, problem.start)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            print(f"left out: {each.name}, {each.label}, {budget} evaluations ({reason})", file=sys.stderr)
+            continue
+        found = problem.error(x, last_time(scheduler))
+        if np.isfinite(found):
+            yield Found(each.name, "diffusers", each.label, budget, len(scheduler.timesteps), found)

@@ -124,7 +124,8 @@ def compose_generation(
         name = sampler.grid_name
         composition, resolved = _with(words, chosen, f"time_grid={name}", config_name, dirs)
     times = _made(resolved, "time_grid", TimeGrid)
-    check_fit(model, sampler)
+    chosen_sampler = resolved.one("sampler")
+    check_fit(model, sampler, None if chosen_sampler is None else chosen_sampler.options)
     sampler.prepare(model)
     grid = sampler.grid(model.path, times)
     made = _generation(composition, model, sampler, times, grid, trained, chosen)

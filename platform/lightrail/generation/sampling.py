@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightrail.generation.denoiser import Condition, Denoiser
 from lightrail.generation.evaluator import Evaluator
 from lightrail.generation.guidance import Guidance
 from lightrail.generation.noise import Noise
-from lightrail.generation.sampler import Sampler, State
+from lightrail.generation.sampler import Sampler, SamplerWrapper, State
 from lightrail.generation.time_grid import Grid
 from lightrail.traits import traits_of
 
@@ -119,17 +120,25 @@ def invert(
     return Sampled(state.x, x, evaluator.evaluations)
 
 
-def check_fit(denoiser: Denoiser, sampler: Sampler) -> None:
+def check_fit(denoiser: Denoiser, sampler: Sampler, options: Mapping[str, Any] | None = None) -> None:
     """Whether the network can give what the sampler asks.
+
+    Args:
+        denoiser: The network on its path.
+        sampler: The solver, with wrappers where there are some.
+        options: Those that the solver was built with, on which its needs may depend.
 
     Raises:
         CompositionError: It cannot.
     """
-    lacking = [form for form in traits_of(type(sampler)).needs_predictions if form not in denoiser.gives]
+    while isinstance(sampler, SamplerWrapper):
+        sampler = sampler.sampler
+    needed = traits_of(type(sampler), options).needs_predictions
+    lacking = [form for form in needed if form not in denoiser.gives]
     if lacking:
         raise CompositionError(
             f"{type(sampler).__name__} needs the {lacking[0]} prediction, which this model cannot give",
             found=f"a model that gives {', '.join(denoiser.gives)}",
-            allowed=f"a model that gives {', '.join(traits_of(type(sampler)).needs_predictions)}",
+            allowed=f"a model that gives {', '.join(needed)}",
             remedy="Choose a sampler that asks for what the model gives: flow_heun works with a flow.",
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ __all__ = ["images_over_time", "is_image", "points_over_time", "sample_grid", "s
 
 INK, FAINT, RED = "#374151", "#d1d5db", "#c43d5a"
 COLOURS = ("#3866d6", "#e07a1f", "#1f9d76", "#a04fb8", "#c43d5a", "#6b7280", "#2a9bb5", "#97852a")
+DATA_AT_MOST = 2000  # points of the data behind those of a model
 GAP = 1  # pixels between images
 WIDE = 6.0  # inches that images fill: what a report shows without shrinking it
 _RC: Any = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
@@ -138,6 +140,7 @@ def points_over_time(rows: Sequence[tuple[str, Tensor]], labels: Tensor | None, 
         place.set_title(label, fontsize=9, color=INK)
         place.set_xticks([])
         place.set_yticks([])
+        place.spines[:].set_visible(False)
     _entitle(figure, title)
     return figure
 
@@ -151,7 +154,8 @@ def _steepness(data: Tensor) -> float:
 
 
 def _draw_points(axes: Axes, points: Tensor, labels: Tensor | None, data: Tensor) -> None:
-    shown = data[:: max(1, len(data) // 2000)]
+    # At random, for every so-manieth point may be of one class.
+    shown = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:DATA_AT_MOST]]
     axes.scatter(*_plane(shown), s=4, color=FAINT, linewidths=0)
     for label in [None] if labels is None else labels.unique().tolist():
         chosen = points if label is None or labels is None else points[labels == label]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -212,7 +213,7 @@ def _read_all(data: LightningDataModule) -> tuple[Tensor, Tensor | None, tuple[T
 
 
 def _read(loader: Any) -> tuple[Tensor, Tensor | None]:
-    """Samples spread evenly over a data set, in its order, as many as are to be kept; of a stream the first."""
+    """As many samples of a data set as are to be kept, drawn from all of it, in its order; of a stream the first."""
     parts: list[tuple[Tensor, Tensor | None]] = []
     count = 0
     for batch in _batches(loader):
@@ -247,7 +248,9 @@ def _batches(loader: Any) -> Iterator[Any]:
 
     pool: Sequence[int] = getattr(loader.sampler, "indices", range(len(dataset)))
     count = min(len(pool), _at_most(_split(read(pool[:1]))[0])) if len(pool) else 0
-    chosen = [int(pool[place * len(pool) // count]) for place in range(count)]
+    # At random, for every so-manieth sample may be of one class.
+    places = range(count) if count == len(pool) else np.sort(np.random.RandomState(0).permutation(len(pool))[:count])
+    chosen = [int(pool[int(place)]) for place in places]
     for start in range(0, count, size):
         yield read(chosen[start : start + size])
 

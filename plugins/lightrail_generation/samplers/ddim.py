@@ -11,6 +11,7 @@ from torch import Tensor
 from lightrail.generation import Grid, Level, Predict, Prediction, Sampler, State, weighted_sum
 from lightrail.options import between
 from lightrail.traits import Traits
+from lightrail_generation.samplers.adams import combined, terms_of
 
 __all__ = ["DDIM", "transfer"]
 
@@ -27,7 +28,8 @@ def transfer(prediction: Prediction, there: Level, x: Tensor | None = None) -> T
     """
     here = prediction.level
     ratio = there.sigma / here.sigma
-    return weighted_sum((ratio, prediction.x if x is None else x), (there.alpha - ratio * here.alpha, prediction.data))
+    states = prediction.x if x is None else x
+    return combined((ratio, states), *terms_of(prediction, "data", there.alpha - ratio * here.alpha))
 
 
 class DDIM(Sampler):
@@ -85,9 +87,8 @@ class DDIM(Sampler):
         s = self.eta * there.sigma * math.sqrt(-math.expm1(-2 * (there.lam - here.lam)))
         kept = math.sqrt(max(0.0, there.sigma**2 - s**2))
         ratio = kept / here.sigma
-        return state.next(
-            weighted_sum((ratio, state.x), (there.alpha - ratio * here.alpha, prediction.data), (s, state.normal()))
-        )
+        terms = terms_of(prediction, "data", there.alpha - ratio * here.alpha)
+        return state.next(combined((ratio, state.x), *terms, (s, state.normal())))
 
     def invert(self, state: State, predict: Predict, grid: Grid) -> State:
         """The same rule up the path, with the noise predicted at the cleaner end: right to first order."""

@@ -89,7 +89,8 @@ class UniPC(Sampler):
         corrector: Whether states are corrected.
         corrector_start: How many states are left as predicted before the first is corrected, at least 0; strong
             guidance wants 1.
-        lower_order_final: Whether the last steps have the orders …, 2, 1.
+        lower_order_final: Whether the last steps have the orders …, 2, 1, which are steadier where the steps are long;
+            the last one's error then is of order 2 however many steps there are.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -115,15 +116,16 @@ class UniPC(Sampler):
         rule="x_t = (σ_t/σ_s) x_s − α_t (e^{−h} − 1) m_0 − α_t B(h) Σ_j ρ_j (m_j − m_0)/r_j",
         paper="W. Zhao, L. Bai, Y. Rao, J. Zhou, J. Lu, 2023, UniPC: A Unified Predictor-Corrector Framework for Fast "
         "Sampling of Diffusion Models, arXiv 2302.04867",
-        order=3,
+        order=2,
         needs_predictions=("data",),
         example={"steps": 8},
     )
 
     @staticmethod
     def traits_under(options: dict[str, Any]) -> Traits:
-        """p, and one more with the corrector."""
+        """p, and one more with the corrector; 2 at most where the last steps are of lower order."""
         order = int(options.get("order", 2)) + bool(options.get("corrector", True))
+        order = min(order, 2) if options.get("lower_order_final", True) else order
         return dataclasses.replace(UniPC.traits, order=order, needs_predictions=(str(options.get("form", "data")),))
 
     def __init__(

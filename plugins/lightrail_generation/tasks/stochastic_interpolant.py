@@ -28,6 +28,8 @@ INTERPOLANTS = ("linear", "trigonometric")
 SOURCES = ("gaussian", "paired")
 # Where γ ~ √t, its derivative has no bound at the two ends.
 _MARGIN = 1e-3
+# Where γ is less, dividing by it would blow up what η is wrong by.
+_LEAST_GAMMA = 1e-2
 
 
 def _gamma_square(kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,8 +133,9 @@ class StochasticInterpolant(DenoisingTask):
         ConfigurationError: An option is out of range.
 
     Deviations:
-        The paper runs time from the source to the data. With ``sqrt``, times are drawn from [0.001, 0.999]. From a
-        ``paired`` source nothing can be generated out of noise: give ``sample`` its start.
+        The paper runs time from the source to the data. With ``sqrt``, times are drawn from [0.001, 0.999]. Where
+        γ < 0.01 the score of a Gaussian source is that of the flow, which it is everywhere if both are learned, and
+        that of a ``paired`` one is −η/0.01. From a ``paired`` source nothing can be generated out of noise: give ``sample`` its start.
 
     Example:
         >>> StochasticInterpolant(nn.Identity(), gamma="zero").denoiser().sampler_name
@@ -216,9 +219,10 @@ class StochasticInterpolant(DenoisingTask):
     def prediction(self, x: Tensor, level: Level, time: Tensor, label: Tensor | None) -> Prediction:
         flow = self.answer(x, level, time, label).to(x.dtype)
         gamma = self.blur.gamma(torch.as_tensor(level.t, dtype=torch.float64))
-        if self.noise_model is None or not bool((gamma > 0).all()):
+        is_clear = self.source == "gaussian" and bool((gamma < _LEAST_GAMMA).any())
+        if self.noise_model is None or is_clear:
             return Prediction(x, level, "flow", flow)
-        scale = tensor_of(-1 / gamma, x)
+        scale = tensor_of(-1 / gamma.clamp(min=_LEAST_GAMMA), x)
 
         def score() -> Tensor:
             with evaluating(self):  # asked for later, when the mode may be another

@@ -12,6 +12,7 @@ from lightrail.errors import CompositionError, ConfigurationError, DataError
 from lightrail.generation import GaussianMixture, Grid, TimeGrid
 from lightrail.generation.search import Artefact, SearchProblem
 from lightrail_generation.samplers.ddim import DDIM
+from lightrail_generation.samplers.flow import FlowEuler
 from lightrail_generation.searches.autodiffusion import (
     AutoDiffusion,
     candidate_levels,
@@ -126,10 +127,9 @@ def test_a_path_of_training_steps_is_searched_over_those():
 
 
 def test_a_start_of_pure_noise_is_kept():
-    mixture, sampler = GaussianMixture(path="flow"), DDIM(steps=4)
-    spacing = Explicit([1.0, 0.7, 0.4, 0.2, 0.0])
+    mixture, sampler, spacing = GaussianMixture(path="flow"), FlowEuler(steps=4), Uniform()
     whole = SearchProblem(mixture, sampler, spacing, sampler.grid(mixture.path, spacing))
-    found = small(moves_start=False).search(whole)
+    found = small().search(whole)
     assert found.values["times"][0] == 1.0
     assert found.after["endpoint_error"] < found.before["endpoint_error"]
 

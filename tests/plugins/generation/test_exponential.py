@@ -13,7 +13,6 @@ from scipy.integrate import quad
 from lightrail.errors import ConfigurationError
 from lightrail.generation import CosineVP, GaussianMixture, KarrasVE, LinearFlow, LinearVP
 from lightrail_generation.samplers.exponential import (
-    adams_bashforth,
     adams_weights,
     carried,
     divided_difference,
@@ -168,9 +167,6 @@ def test_small_functions():
     assert divided_difference([1.0, 3.0]) == [-0.5, 0.5]
     third = sum(w * x**3 for w, x in zip(divided_difference([0.0, 1.0, 2.5, 4.0]), [0.0, 1.0, 2.5, 4.0], strict=True))
     assert third == pytest.approx(1)
-    assert adams_bashforth(1) == (1.0,)
-    assert adams_bashforth(2) == pytest.approx((1.5, -0.5))
-    assert [12 * w for w in adams_bashforth(3)] == pytest.approx([23, -16, 5])
 
 
 def test_what_is_no_form_or_variable_is_refused():

@@ -90,7 +90,7 @@ def test_the_reading_by_default_is_the_papers():
 
 def test_stein_gives_the_trace_of_the_derivative():
     """E σ² s(x')·(x' − x)/ς² = σ² E tr ∇s(x'), with s = −output/σ."""
-    task = LCSS(Bent(), smoothing=0.3, schedule="edm").double()
+    task = LCSS(Bent(), smoothing=0.3, antithetic=False, schedule="edm").double()
     level = task.path.level(0.8)
     columns = whitened(200000, 6, seed=1)
     x0, z, smoothing = columns[:, :2], columns[:, 2:4], columns[:, 4:]
@@ -111,7 +111,7 @@ def test_stein_gives_the_trace_of_the_derivative():
 
 def test_with_the_norm_at_the_perturbed_state_it_is_denoising_score_matching():
     """½‖ε(x')‖² − ε(x')·z'/c and ½‖ε(x') − z'/c‖² have one gradient."""
-    task = LCSS(Linear(0.4), norm_at="perturbed", smoothing=0.5, schedule="linear").double()
+    task = LCSS(Linear(0.4), norm_at="perturbed", smoothing=0.5, antithetic=False, schedule="linear").double()
     columns = whitened(64, 6)
     x0, z, smoothing = columns[:, :2], columns[:, 2:4], columns[:, 4:]
     times = torch.full((64,), 0.4, dtype=torch.float64)
@@ -122,13 +122,32 @@ def test_with_the_norm_at_the_perturbed_state_it_is_denoising_score_matching():
     assert torch.allclose(denoising - losses, 0.5 * (smoothing / 0.5).square().mean(1), atol=1e-10)
 
 
-def test_it_costs_one_more_pass_and_the_other_reading_none():
-    for norm_at, passes in (("state", 2), ("perturbed", 1)):
-        task = LCSS(Linear(), norm_at=norm_at).double()
-        calls = []
-        task.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        task.training_step(torch.randn(4, 2, dtype=torch.float64), 0)
-        assert len(calls) == passes
+@pytest.mark.parametrize(
+    ("norm_at", "antithetic", "passes"),
+    [("state", False, 2), ("state", True, 3), ("perturbed", False, 1), ("perturbed", True, 2)],
+)
+def test_it_costs_as_many_passes_as_it_says(norm_at, antithetic, passes):
+    task = LCSS(Linear(), norm_at=norm_at, antithetic=antithetic).double()
+    calls = []
+    task.model.register_forward_hook(lambda *_: calls.append(1))
+    task.training_step(torch.randn(4, 2, dtype=torch.float64), 0)
+    assert len(calls) == passes
+
+
+def test_a_pair_of_signs_has_the_same_mean_and_bounded_noise():
+    columns = whitened(512, 6)
+    x0, z, smoothing = columns[:, :2], columns[:, 2:4], columns[:, 4:]
+    times = torch.full((512,), 0.4, dtype=torch.float64)
+
+    def losses(antithetic, share):
+        task = LCSS(Bent(), smoothing=share, antithetic=antithetic, schedule="linear").double()
+        with torch.no_grad():
+            return task.losses(Example(x0, None, None, times, Fixed(z, smoothing)))
+
+    single, paired = losses(False, 0.01), losses(True, 0.01)
+    assert float(single.std()) > 20 * float(paired.std())
+    assert float(losses(True, 0.3).std()) == pytest.approx(float(paired.std()), rel=0.3)
+    assert abs(float((single - paired).mean())) < 4 * float(single.std()) / 512**0.5
 
 
 def test_what_it_learns_is_converted_like_any_noise():

@@ -133,14 +133,15 @@ def test_networks_work_in_half_precision():
 
 @pytest.mark.parametrize(("side", "levels"), [(4, 1), (8, 2), (16, 3), (28, 3), (32, 4), (64, 4), (7, 1)])
 def test_a_unet_halves_the_image_down_to_four_pixels_in_four_levels_at_most(side: int, levels: int):
-    model = UNet(1, side, 0, width=2)
+    model: Any = UNet(1, side, 0, width=2)
     assert len(model.down) == levels
+    assert [level.blocks[0].second.out_channels for level in model.down] == [2, 4, 8, 8][:levels]
     assert model(torch.randn(1, 1, side, side), torch.rand(1)).shape == (1, 1, side, side)
 
 
 def test_a_unet_attends_only_where_the_image_is_small():
     def attending(attention: int) -> list[bool]:
-        model = UNet(1, 16, 0, width=4, attention=attention)
+        model: Any = UNet(1, 16, 0, width=4, attention=attention)
         return [hasattr(level.blocks[0].attention, "heads") for level in (*model.down, *model.up)]
 
     assert attending(8) == [False, True, True, True, True, False]

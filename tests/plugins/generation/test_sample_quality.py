@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.testing.quiet_trainer import quiet_trainer
@@ -164,12 +164,20 @@ def test_the_reference_is_the_training_set_in_its_own_order(quality: SampleQuali
     assert SampleQuality.for_data(Pictures(tested=False)).of_held_out == {}
 
 
-def test_a_large_training_set_is_read_evenly(monkeypatch: pytest.MonkeyPatch):
+def test_of_a_large_training_set_a_part_is_read_that_holds_every_class(monkeypatch: pytest.MonkeyPatch):
     images = quadrants(200)[0]
-    monkeypatch.setattr(sample_quality, "SAMPLES_AT_MOST", 50)
-    assert torch.equal(SampleQuality.for_data(Pictures()).reference, images[::4])
-    monkeypatch.setattr(sample_quality, "NUMBERS_AT_MOST", 64 * 20)
-    assert torch.equal(SampleQuality.for_data(Pictures()).reference, images[::10])
+    places = {tuple(image.flatten().tolist()): place for place, image in enumerate(images)}
+    # Every fourth, or every tenth, would be of one class or two.
+    for name, limit, count in (("SAMPLES_AT_MOST", 50, 50), ("NUMBERS_AT_MOST", 64 * 20, 20)):
+        monkeypatch.setattr(sample_quality, name, limit)
+        found = SampleQuality.for_data(Pictures())
+        chosen = [places[tuple(image.flatten().tolist())] for image in found.reference]
+        assert len(set(chosen)) == count
+        assert chosen == sorted(chosen)
+        assert max(np.diff([0, *chosen, 199])) < 6 * 200 / count
+        assert found.labels is not None
+        assert set(found.labels.tolist()) == {0, 1, 2, 3}
+        assert [place % 4 for place in chosen] == found.labels.tolist()
 
 
 class Stream(IterableDataset[Any]):
@@ -225,14 +233,29 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path):
     assert trained_classifier(images, labels, 4, tmp_path / "nowhere")(images).shape == (40, 4)
 
 
+class Augmented(Dataset[Any]):
+    """Pictures that are a little different each time."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = quadrants(40)[0][index], index % 4
+        return image + 0.01 * (torch.rand(1) + np.random.rand() + random.random()).float(), label
+
+
 def test_no_random_number_of_the_caller_is_used(tmp_path: Path):
     def drawn() -> tuple[Any, ...]:
         return torch.rand(1).item(), float(np.random.rand()), random.random()
 
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     expected = drawn()
-    torch.set_rng_state(states[0]), np.random.set_state(states[1]), random.setstate(states[2])
-    found = SampleQuality.for_data(Pictures(), tmp_path)
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    loader = DataLoader(Augmented(), batch_size=16, shuffle=True)
+    found = SampleQuality.for_data(Pictures(loader=loader), tmp_path)
+    SampleQuality.for_data(Pictures(), tmp_path)
     SampleQuality.for_data(Pictures(), tmp_path)  # now it is read
     found.measure(*quadrants(20))
     assert drawn() == expected
@@ -284,6 +307,10 @@ def test_coloured_images_points_and_other_samples_are_shown_as_they_can_be():
     points = SampleQuality(torch.rand(30, 2))
     figure = points.figures(torch.rand(9, 2), torch.arange(9) % 2)["samples"]
     assert len(figure.axes[0].collections) == 3  # the data, and two classes
+    moons = TwoMoons(samples=4096).parts["train"]
+    shown = SampleQuality(moons.points).figures(torch.rand(9, 2))["samples"].axes[0].collections[0].get_offsets()
+    both = {tuple(point): int(label) for point, label in zip(moons.points.tolist(), moons.labels, strict=True)}
+    assert abs(np.mean([both[tuple(point)] for point in np.asarray(shown).tolist()]) - 0.5) < 0.05
     assert "samples" in SampleQuality(torch.rand(30, 1)).figures(torch.rand(9, 1))
     assert SampleQuality(torch.rand(30, 5, 7)).figures(torch.rand(9, 5, 7)) == {}
 
@@ -466,6 +493,6 @@ def test_what_cannot_work_is_refused_before_training():
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"count": 1}, {"steps": 0}, {"batch_size": 0}, {"sample_seed": -1}])
-def test_options_out_of_range_are_refused(options: dict[str, int]):
+def test_options_out_of_range_are_refused(options: Any):
     with pytest.raises(ConfigurationError):
         SampleQualityProbe(**options)
