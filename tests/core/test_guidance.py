@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Labelled(Denoiser):
         return torch.tanh(x) * 0.1 + label[:, None].double()
 
     def unconditional(self, condition):  # type: ignore[no-untyped-def]
+        assert condition is not None
         return {"label": torch.full_like(condition["label"], 2)}
 
 
@@ -81,7 +82,7 @@ GRID_STEPS = 4
 CONDITION = {"label": torch.tensor([0, 1, 1])}
 
 
-def drawn(guidance, denoiser=None, sampler=Euler, condition=CONDITION, indices=range(3)):  # type: ignore[no-untyped-def]
+def drawn(guidance, denoiser=None, sampler=Euler, condition=CONDITION, indices: Sequence[int] = range(3)):  # type: ignore[no-untyped-def]
     denoiser = denoiser or Labelled()
     solver = sampler(steps=GRID_STEPS)
     grid = solver.grid(denoiser.path, Uniform())

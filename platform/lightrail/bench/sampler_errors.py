@@ -24,31 +24,29 @@ __all__ = ["BUDGETS", "PAIRS", "Found", "Problem", "errors_of_peers", "errors_of
 
 BUDGETS = (5, 8, 10, 20, 50)
 
-# Settings that are tried beside the defaults of an installed sampler.
-_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "deis": [{"method": m, "order": k} for m in ("tab", "rhoab", "loglam") for k in (1, 2, 3)],
-    "dpm_solver": [{"order": 2}, {"order": 3}, {"variant": "fast"}],
-    "dpm_solver_pp": [
-        {"order": 2},
-        {"order": 2, "solver_type": "taylor"},
-        {"order": 3},
-        {"order": 3, "lower_order_final": False},
-    ],
-    "dpm_solver_v3": [{"order": 2}, {"order": 3}],
-    "plms": [{"order": 2}, {"order": 3}, {"order": 4}],
-    "unipc": [{"order": k, "b": b} for k in (2, 3) for b in ("bh1", "bh2")],
+# Of an installed sampler the settings that are tried, under the name that they are listed by; of others the defaults.
+_SETTINGS: dict[str, tuple[tuple[str, list[dict[str, Any]]], ...]] = {
+    "deis": (("deis", [{"method": m, "order": k} for m in ("tab", "rhoab", "loglam") for k in (1, 2, 3)]),),
+    "dpm_solver": (("dpm_solver", [{"order": 2}, {"order": 3}, {"variant": "fast"}]),),
+    "dpm_solver_pp": (
+        ("dpm_solver_pp", [{"order": 2}, {"order": 2, "solver_type": "taylor"}, {"order": 3}]),
+        ("dpm_solver_pp single", [{"variant": "single", "order": 2}, {"variant": "single", "order": 3}]),
+    ),
+    "dpm_solver_v3": (("dpm_solver_v3", [{"order": 2}, {"order": 3}]),),
+    "plms": (("plms", [{"order": 2}, {"order": 3}, {"order": 4}]),),
+    "unipc": (("unipc", [{"order": k, "b": b} for k in (2, 3) for b in ("bh1", "bh2")]),),
 }
 # Spacings that are tried of an installed time grid; of others the defaults.
 _SPACINGS: dict[str, list[dict[str, Any]]] = {
     "training_steps": [{"spacing": each} for each in ("linspace", "leading", "trailing", "karras", "lambda")],
 }
-# The same method here and there; of "single" there is another scheduler.
+# The same method here and there.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("ddim", "DDIMScheduler"),
     ("edm_euler", "EulerDiscreteScheduler"),
     ("edm_heun", "HeunDiscreteScheduler"),
     ("dpm_solver_pp", "DPMSolverMultistepScheduler"),
-    ("dpm_solver_pp", "DPMSolverSinglestepScheduler"),
+    ("dpm_solver_pp single", "DPMSolverSinglestepScheduler"),
     ("dpm_solver", "KDPM2DiscreteScheduler"),
     ("deis", "DEISMultistepScheduler"),
     ("deis", "LMSDiscreteScheduler"),
@@ -117,14 +115,14 @@ def errors_of_samplers(problem: Problem, budgets: Sequence[int], only: Sequence[
     for name in available("sampler"):
         if only and name not in only:
             continue
-        for label, build in _builders(name):
+        for method, options, build in _builders(name):
             for (spacing, times), budget in itertools.product(grids, budgets):
                 found = _solved(problem, build, times, budget)
                 if found is not None:
-                    yield Found(name, "lightrail", ", ".join(filter(None, (label, spacing))), budget, *found)
+                    yield Found(method, "lightrail", ", ".join(filter(None, (options, spacing))), budget, *found)
 
 
-def _builders(name: str) -> Iterator[tuple[str, Any]]:
+def _builders(name: str) -> Iterator[tuple[str, str, Any]]:
     try:
         plugin = load("sampler", name)
     except UserError as error:
@@ -132,10 +130,13 @@ def _builders(name: str) -> Iterator[tuple[str, Any]]:
         return
     if not issubclass(plugin, Sampler) or missing_options(plugin, {}, given=0):
         return
-    for options in _SETTINGS.get(name, [{}]):
-        if not traits_of(plugin, options).is_stochastic and "steps" in inspect.signature(plugin).parameters:
-            label = ", ".join(f"{key}={value}" for key, value in options.items())
-            yield label, lambda steps, options=options: plugin(steps=steps, **options)
+    if "steps" not in inspect.signature(plugin).parameters:
+        return
+    for method, settings in _SETTINGS.get(name, ((name, [{}]),)):
+        for options in settings:
+            if not traits_of(plugin, options).is_stochastic:
+                told = [f"{key}={value}" for key, value in options.items() if key != "variant" or method == name]
+                yield method, ", ".join(told), lambda steps, options=options: plugin(steps=steps, **options)
 
 
 def _time_grids() -> Iterator[tuple[str, TimeGrid]]:

@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace) -> SamplerTables:
     budgets = (5, 10) if options.quick else BUDGETS
     only = options.only or (QUICK if options.quick else ())
     has_peers = is_installed() and not options.without_diffusers
-    peers = tuple(there for here, there in PAIRS if here in only) if only else ()
+    peers = tuple(there for here, there in PAIRS if here.split()[0] in only) if only else ()
     problem = Problem(16 if options.quick else 64)
     found = list(errors_of_samplers(problem, budgets, only))
     if not found:

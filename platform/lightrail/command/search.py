@@ -103,7 +103,7 @@ def _search(name: str, overrides: list[str], target: Path | None, config_dirs: S
     kind = import_target(chosen.target)
     search: Search = call(kind, chosen, options_of(kind, chosen, {}))
     problem = _problem(generation)
-    path = target or _default_path(generation, name, problem)
+    path = target or _near(_default_path(generation, name, problem))
     progress = _Progress(name)
     try:
         artefact = search.search(problem, progress)
@@ -203,9 +203,9 @@ def using(generation: Generation, search: Search, artefact: Artefact, path: Path
     return ["generate", *kept, *search.words(artefact, str(path))]
 
 
-def _near(folder: Path) -> Path:
-    """A folder as one would type it from here."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+def _near(path: Path) -> Path:
+    """A path as one would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _table(artefact: Artefact, search: Search) -> str:

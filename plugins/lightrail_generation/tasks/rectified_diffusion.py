@@ -60,6 +60,11 @@ def generate_pairs(denoiser: Denoiser, count: int, steps: int, guidance: float =
         steps: Steps for each, of one evaluation, or of two with guidance.
         guidance: w of D = D_∅ + w (D_c − D_∅); 1 for none.
         seed: Of the noise.
+
+    Example:
+        >>> from lightrail.generation import GaussianMixture
+        >>> tuple(generate_pairs(GaussianMixture(), count=4, steps=10).x0.shape)
+        (4, 2)
     """
     times = Karras() if isinstance(denoiser.path, KarrasVE) else Uniform()
     grid = times.grid(denoiser.path, steps)

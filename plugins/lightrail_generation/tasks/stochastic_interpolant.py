@@ -134,8 +134,9 @@ class StochasticInterpolant(DenoisingTask):
 
     Deviations:
         The paper runs time from the source to the data. With ``sqrt``, times are drawn from [0.001, 0.999]. Where
-        γ < 0.01 the score of a Gaussian source is that of the flow, which it is everywhere if both are learned, and
-        that of a ``paired`` one is −η/0.01. From a ``paired`` source nothing can be generated out of noise: give ``sample`` its start.
+        γ < 0.01 the score is that of the flow, which from a Gaussian source it would be everywhere if both were learned
+        perfectly; from a ``paired`` one it is −η/0.01 there. From a ``paired`` source nothing can be generated out of
+        noise: give ``sample`` its start.
 
     Example:
         >>> StochasticInterpolant(nn.Identity(), gamma="zero").denoiser().sampler_name

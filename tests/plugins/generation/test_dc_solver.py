@@ -61,6 +61,10 @@ def test_ratios_near_one_are_near_unipc(order):
     assert float((far - base).abs().max()) > 1e-3
 
 
+def test_the_first_two_steps_are_unipc_whatever_their_ratios():
+    assert torch.equal(run(DCSolver(5, ratios=[2.0, 2.0, 1, 1, 1])).x, run(DCSolver(5)).x)
+
+
 def test_without_a_corrector_it_is_dpm_solver_pp():
     options = {"order": 2, "lower_order_final": False}
     ours = run(DCSolver(8, b="bh2", corrector=False, **options)).x
@@ -160,6 +164,20 @@ def test_no_ratio_is_worse_than_one_where_it_was_fitted(knots, options):
     assert loss(fitted) == pytest.approx(found.values["losses"][-1], rel=1e-9)
     assert loss(fitted) <= loss([*fitted[:-1], 1.0])
     assert found.values["losses"][:2] == [None, None]
+
+
+def test_a_ratio_is_fitted_to_the_state_that_the_corrector_leaves():
+    problem = problem_of(DCSolver(6))
+    found = DCRatios(samples=8, held_out=2, trials=12).search(problem)
+    sampler, predict = DCSolver(6, ratios=found.values["ratios"]), problem.predictor(range(8))
+    state = sampler.start(problem.starts(range(8)), problem.noise(range(8)), problem.grid)
+    for index in range(5):
+        state = sampler.step(state, predict, problem.grid)
+        if index >= 2:
+            x = sampler.corrected(state, predict(state.x, problem.grid[index + 1]), problem.grid)
+            loss = float((x - problem.solution(range(8))[index + 1]).square().mean())
+            assert found.values["losses"][index] == pytest.approx(loss, rel=1e-6)
+            assert not torch.equal(x, state.x)
 
 
 def test_it_is_the_same_again_and_begins_at_unipc_too():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -95,7 +98,7 @@ def test_what_is_given_is_not_measured():
 
 
 def test_loaders_without_a_data_module_are_measured_too():
-    task = Diffusion(Net(3))
+    task: Any = Diffusion(Net(3))
     task.configure_optimizers = lambda: torch.optim.SGD(task.parameters(), lr=1e-2)
     with quiet_trainer(max_steps=1, limit_val_batches=0) as trainer:
         trainer.fit(task, Points().train_dataloader())
@@ -103,16 +106,12 @@ def test_loaders_without_a_data_module_are_measured_too():
 
 
 def test_measuring_moves_no_random_numbers():
-    task = Diffusion(Net(3))
+    task: Any = Diffusion(Net(3))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    task._trainer = None
-    with quiet_trainer(max_steps=1) as trainer:
-        task._trainer = trainer
-        trainer._data_connector._datahook_selector = None
-        trainer.datamodule = Points()
-        task.on_fit_start()
+    task._trainer = SimpleNamespace(datamodule=Points())
+    task.on_fit_start()
     assert float(task.scale) == pytest.approx(2.0, abs=1e-6)
     assert torch.equal(torch.rand(3), expected)
 
@@ -145,7 +144,7 @@ def test_data_that_are_no_numbers_are_refused():
 
 
 def test_labels_are_dropped_in_training_and_never_in_validation():
-    task = Diffusion(Net(3), label_dropout=0.25)
+    task: Any = Diffusion(Net(3), label_dropout=0.25)
     x, label = torch.randn(4000, 3), torch.arange(4000) % 3
     task.training_step((x, label), 0)
     shown = task.model.seen[-1][2]
@@ -158,7 +157,7 @@ def test_labels_are_dropped_in_training_and_never_in_validation():
 
 
 def test_a_model_without_classes_is_told_no_labels():
-    task = Diffusion(Net(0))
+    task: Any = Diffusion(Net(0))
     for each in (batch(), batch()[0]):
         task.training_step(each, 0)
         assert task.model.seen[-1][2] is None
@@ -191,7 +190,7 @@ def test_a_model_of_another_shape_is_refused():
 @pytest.mark.parametrize("task_class", ALL)
 def test_validation_is_the_same_whatever_was_drawn_before(task_class):
     torch.manual_seed(0)
-    task = task_class(Net(3))
+    task: Any = task_class(Net(3))
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -226,7 +225,7 @@ def test_ranks_train_with_noise_of_their_own():
 
 
 def test_a_broken_model_does_not_validate_well():
-    task = Diffusion(Net(3))
+    task: Any = Diffusion(Net(3))
     with torch.no_grad():
         task.model.layers[0].bias.fill_(torch.nan)
     with quiet_trainer() as trainer:
@@ -235,13 +234,13 @@ def test_a_broken_model_does_not_validate_well():
 
 
 def test_the_figure_shows_the_loss_of_the_last_test():
-    task = Diffusion(Net(3), schedule="edm")
+    task: Any = Diffusion(Net(3), schedule="edm")
     assert task.figures() == {}
     with quiet_trainer() as trainer:
         tested = trainer.test(task, Points().test_dataloader(), verbose=False)[0]["test_loss"]
     (axes,) = task.figures()["loss_by_level"].axes
     assert axes.get_title(loc="left") == f"mean test loss {tested:.4g}"
-    assert len(axes.collections[0].get_offsets()) == 64
+    assert len(axes.collections[0].get_offsets().data) == 64
     assert axes.get_xscale() == "log"
 
 
@@ -287,10 +286,10 @@ def test_the_loss_looks_at_its_outputs(task_class):
 
 @pytest.mark.parametrize("task_class", [Diffusion, FlowMatching])
 def test_sampled_targets_estimate_the_gauss_newton_diagonal(task_class):
-    task = task_class(Net(0)).double()
+    task: Any = task_class(Net(0)).double()
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # One level and noise for all draws; only the targets change.
-    example = task.example(x, Draws(torch.Generator().manual_seed(4), torch.device("cpu")))
+    example: Any = task.example(x, Draws(torch.Generator().manual_seed(4), torch.device("cpu")))
     fixed = example.draws.normal(example.x0)
     task.noise = lambda example: fixed
     task.example = lambda batch, draws: type(example)(example.x0, None, None, example.t, draws)
@@ -323,7 +322,7 @@ def test_objectives_that_are_no_squares_offer_no_outputs():
 @pytest.mark.parametrize("task_class", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_precisions_train(task_class, dtype):
-    task = task_class(Net(3).to(dtype))
+    task: Any = task_class(Net(3).to(dtype))
     x, label = batch()
     loss = task.training_step((x.to(dtype), label), 0)["loss"]
     loss.backward()
@@ -332,7 +331,7 @@ def test_models_of_other_precisions_train(task_class, dtype):
 
 
 def test_under_bf16_the_loss_is_worked_out_in_single_precision():
-    task = Diffusion(Net(3))
+    task: Any = Diffusion(Net(3))
     with torch.autocast("cpu", torch.bfloat16):
         loss = task.training_step(batch(), 0)["loss"]
     assert loss.dtype == torch.float32

@@ -254,7 +254,7 @@ def test_solvers_give_the_images_of_diffusers_own(ours, theirs, monkeypatch, nam
     expected = their_states(scheduler, network, x, case.sampler.steps, scale)
     found = drawn(denoiser, case.sampler, case.times, x, condition)
     size = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found, expected, atol=1e-4 * size, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5 * size, rtol=0)
     assert_images_agree(denoiser.decode(found), their_images(pipeline, expected))
 
 
@@ -271,7 +271,7 @@ def test_pseudo_methods_combine_noise_where_diffusers_combines_whatever_the_netw
     of_noise = their_scheduler(pipeline, "PNDMScheduler", {**options, "prediction_type": "epsilon"})
     of_velocity = their_scheduler(pipeline, "PNDMScheduler", options)
     found = drawn(denoiser, PLMS(STEPS, warmup="heun"), LEADING, x, condition)
-    torch.testing.assert_close(found, their_states(of_noise, noise, x, STEPS), atol=5e-4, rtol=0)
+    torch.testing.assert_close(found, their_states(of_noise, noise, x, STEPS), atol=5e-5, rtol=0)
     assert float((found - their_states(of_velocity, velocity, x, STEPS)).abs().max()) > 0.05
 
 
@@ -290,7 +290,7 @@ def test_flow_euler_gives_the_images_of_diffusers_own(ours, theirs):
     network = their_network("stable_diffusion_3", pipeline, condition)
     expected = flow_states(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), network, x)
     found = drawn(denoiser, FlowEuler(STEPS), flow_times(denoiser.path), x, condition)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert_images_agree(denoiser.decode(found), their_images(pipeline, expected))
 
 
@@ -301,7 +301,7 @@ def test_flow_heun_gives_the_states_of_diffusers_own_up_to_the_last_step(ours, t
     # Their last step, to σ = 0, is Euler's; ours is Ralston's, which asks once more.
     expected = flow_states(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0), network, x, leaves_out=1)
     times = flow_times(denoiser.path, end="minimum")
-    torch.testing.assert_close(drawn(denoiser, FlowHeun(STEPS - 1), times, x, condition), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(denoiser, FlowHeun(STEPS - 1), times, x, condition), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

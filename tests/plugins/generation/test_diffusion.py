@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def best_theta(task, given):
     (other,) = torch.autograd.grad(task.losses(given).mean(), theta)
     with torch.no_grad():
         theta -= 1
-    return float(theta - slope / (other - slope))
+    return (theta - slope / (other - slope)).item()
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -107,7 +108,9 @@ def test_under_a_weighting_every_prediction_trains_the_same_loss(weighting):
     found = []
     for prediction in FORMS:
         scale = {"score": lambda level: 1 / level.sigma}.get(prediction, lambda level: 1.0)
-        task = Diffusion(Exact("linear", prediction, scale), prediction, weighting, "linear", center=0.0, scale=1.0)
+        task: Any = Diffusion(
+            Exact("linear", prediction, scale), prediction, weighting, "linear", center=0.0, scale=1.0
+        )
         x0, z = whitened(64, 2)
         t = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)
         task.double()
@@ -142,7 +145,7 @@ def test_elbo_does_not_depend_on_how_times_are_drawn(kind, schedule):
     u = (torch.arange(400000, dtype=torch.float64) + 0.5) / 400000
 
     def bound(kind):
-        task = Diffusion(nn.Identity(), "data", "elbo", schedule, time_sampling=kind, time_mean=0.0, time_std=2.0)
+        task: Any = Diffusion(nn.Identity(), "data", "elbo", schedule, time_sampling=kind, time_mean=0.0, time_std=2.0)
         t = task.time_sampling.times(u)
         inside = (t > task.path.t_min * 1.001) & (t < task.path.t_max * 0.999)
         weight = task.weight(task.path.levels(t, 1), t)
@@ -178,7 +181,7 @@ def test_karras_preconditioning_is_the_papers_table():
     skip, out, into = edm_preconditioning(level, sd)
     total = 1.7**2 + sd**2
     assert (skip, out, into) == pytest.approx((sd**2 / total, 1.7 * sd / total**0.5, total**-0.5), rel=1e-12)
-    task = Diffusion(nn.Identity(), schedule="edm", sigma_data=sd)
+    task: Any = Diffusion(nn.Identity(), schedule="edm", sigma_data=sd)
     times = torch.tensor([1.7], dtype=torch.float64)
     assert float(task.weight(level, times)) == pytest.approx(total / (1.7 * sd) ** 2, rel=1e-7)
     named = Diffusion(nn.Identity(), schedule="edm", sigma_data=sd, weighting="edm")
@@ -186,7 +189,7 @@ def test_karras_preconditioning_is_the_papers_table():
 
 
 def test_karras_loss_is_one_at_the_start():
-    task = Diffusion(Linear(0.0), schedule="edm", sigma_data=0.5).double()
+    task: Any = Diffusion(Linear(0.0), schedule="edm", sigma_data=0.5).double()
     x0, z = whitened(512, 3)
     for sigma in (0.01, 0.5, 20.0):
         assert task.losses(example(0.5 * x0, z, sigma)).mean().item() == pytest.approx(1.0, abs=1e-9)
@@ -194,7 +197,7 @@ def test_karras_loss_is_one_at_the_start():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 5.0])
 def test_karras_network_reaches_the_denoiser_of_a_gaussian(sigma):
-    task = Diffusion(Linear(0.3), schedule="edm", sigma_data=0.5).double()
+    task: Any = Diffusion(Linear(0.3), schedule="edm", sigma_data=0.5).double()
     x0, z = whitened(512, 3)
     given = example(0.8 * x0, z, sigma)
     theta = best_theta(task, given)
@@ -207,7 +210,7 @@ def test_karras_network_reaches_the_denoiser_of_a_gaussian(sigma):
 
 
 def test_where_the_data_are_as_assumed_the_best_network_says_nothing():
-    task = Diffusion(Linear(0.3), schedule="edm", sigma_data=0.5).double()
+    task: Any = Diffusion(Linear(0.3), schedule="edm", sigma_data=0.5).double()
     x0, z = whitened(512, 3)
     assert best_theta(task, example(0.5 * x0, z, 1.3)) == pytest.approx(0.0, abs=1e-9)
 
@@ -215,7 +218,7 @@ def test_where_the_data_are_as_assumed_the_best_network_says_nothing():
 @pytest.mark.parametrize("prediction", ["noise", "data", "velocity", "score", "edm"])
 @pytest.mark.parametrize("schedule", ["linear", "edm"])
 def test_every_prediction_of_the_best_linear_network_is_the_denoiser_of_a_gaussian(prediction, schedule):
-    task = Diffusion(Linear(0.2), prediction, schedule=schedule, sigma_data=0.5, center=0.0, scale=1.0).double()
+    task: Any = Diffusion(Linear(0.2), prediction, schedule=schedule, sigma_data=0.5, center=0.0, scale=1.0).double()
     x0, z = whitened(512, 3)
     given = example(0.8 * x0, z, 0.6)
     theta = best_theta(task, given)
@@ -241,7 +244,7 @@ def test_karras_on_a_variance_preserving_path_is_the_velocity():
 
 @pytest.mark.parametrize("prediction", ["noise", "velocity", "edm"])
 def test_what_the_network_sees_has_the_size_of_one(prediction):
-    task = Diffusion(Linear(1.0), prediction, schedule="edm", sigma_data=1.0).double()
+    task: Any = Diffusion(Linear(1.0), prediction, schedule="edm", sigma_data=1.0).double()
     x0, z = whitened(512, 3)
     for sigma in (0.01, 1.0, 60.0):
         task.losses(example(x0, z, sigma))
@@ -277,7 +280,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_is_the_rescaled_table():
 
 @pytest.mark.parametrize("prediction", ["velocity", "data", "edm"])
 def test_sampling_from_no_signal_at_all_is_finite(prediction):
-    task = Diffusion(Linear(0.1), prediction, schedule="cosine", zero_terminal_snr=True).double()
+    task: Any = Diffusion(Linear(0.1), prediction, schedule="cosine", zero_terminal_snr=True).double()
     task.state_sizes[0] = 3
     grid = Uniform().grid(task.path, 5, finite=False)
     assert grid[0].alpha == 0
@@ -287,7 +290,7 @@ def test_sampling_from_no_signal_at_all_is_finite(prediction):
 @pytest.mark.parametrize("weighting", ["uniform", "snr", "min_snr", "elbo", "edm"])
 @pytest.mark.parametrize("prediction", ["velocity", "data", "edm"])
 def test_the_loss_at_no_signal_at_all_is_finite(prediction, weighting):
-    task = Diffusion(Linear(0.1), prediction, weighting, "cosine", zero_terminal_snr=True).double()
+    task: Any = Diffusion(Linear(0.1), prediction, weighting, "cosine", zero_terminal_snr=True).double()
     x0, z = whitened(8, 2)
     assert bool(task.losses(example(x0, z, task.path.t_max)).isfinite().all())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -61,7 +63,7 @@ def at(x0, z, t, label=None):
 
 def test_the_target_is_the_line_from_data_to_noise():
     x0, z = torch.randn(2, 8, 3, dtype=torch.float64)
-    task = FlowMatching(Linear(0.0)).double()
+    task: Any = FlowMatching(Linear(0.0)).double()
     assert torch.allclose(task.losses(at(x0, z, 0.3)), (z - x0).square().mean(1), atol=1e-12)
     assert torch.allclose(task.model.seen[-1][0], 0.7 * x0 + 0.3 * z, atol=1e-12)
     assert torch.allclose(task.model.seen[-1][1], torch.full((8,), 0.3))
@@ -73,7 +75,7 @@ def test_the_exact_flow_has_the_least_loss():
     component = torch.multinomial(mixture.weights, 4000, True, generator=generator)
     z = torch.randn(2, 4000, 2, generator=generator, dtype=torch.float64)
     x0 = mixture.means[component] + mixture.variances[component].sqrt()[:, None] * z[0]
-    task = FlowMatching(ExactFlow()).double()
+    task: Any = FlowMatching(ExactFlow()).double()
     slopes = []
     for t in (0.1, 0.5, 0.9):
         loss = task.losses(at(x0, z[1], t)).mean()
@@ -97,7 +99,7 @@ def test_with_one_sample_a_coupling_is_plain_flow_matching(coupling):
 def test_flow_matching_is_the_diffusion_loss_of_its_path_in_another_weight():
     """‖u − û‖² = ‖x0 − D‖²/t² on straight lines."""
     x0, z = torch.randn(2, 8, 3, dtype=torch.float64)
-    task = FlowMatching(Linear(0.3)).double()
+    task: Any = FlowMatching(Linear(0.3)).double()
     level = task.path.level(0.4)
     x = 0.6 * x0 + 0.4 * z
     times = torch.full((8,), 0.4, dtype=torch.float64)
@@ -111,7 +113,7 @@ def test_a_coupling_makes_targets_smaller_and_gradients_less_noisy(coupling):
     x0, _ = points()
 
     def spread(kind):
-        task = FlowMatching(Linear(0.0), coupling=kind).double()
+        task: Any = FlowMatching(Linear(0.0), coupling=kind).double()
         t = torch.full((256,), 0.5, dtype=torch.float64)
         example = Example(x0, None, None, t, draws())
         residuals = task.residuals(example)
@@ -129,7 +131,7 @@ def test_an_exact_coupling_lowers_the_least_loss_that_a_network_can_reach():
     x0 = points(256)[0][:, :1]
     left = []
     for kind in ("independent", "exact"):
-        task = FlowMatching(Linear(0.0), coupling=kind).double()
+        task: Any = FlowMatching(Linear(0.0), coupling=kind).double()
         residuals = task.residuals(Example(x0, None, None, torch.full((256,), 0.5, dtype=torch.float64), draws()))
         x, y = task.model.seen[-1][0].flatten(), -residuals.detach().flatten()
         theta = (x * y).sum() / (x * x).sum()
@@ -140,7 +142,7 @@ def test_an_exact_coupling_lowers_the_least_loss_that_a_network_can_reach():
 @pytest.mark.parametrize("coupling", COUPLED)
 def test_labels_say_nothing_of_the_coupled_noise(coupling):
     x0, label = points()
-    task = FlowMatching(Linear(0.0, num_classes=2), coupling=coupling, label_dropout=0.5).double()
+    task: Any = FlowMatching(Linear(0.0, num_classes=2), coupling=coupling, label_dropout=0.5).double()
     z = task.noise(task.example((x0, label), draws()))
     gap = (z[label == 1].mean(0) - z[label == 0].mean(0)).norm().item()
     assert gap < 0.4
@@ -151,25 +153,25 @@ def test_labels_say_nothing_of_the_coupled_noise(coupling):
 
 def test_dropped_labels_are_coupled_by_the_class_that_they_have():
     x0, label = points()
-    task = FlowMatching(Linear(0.0, num_classes=2), coupling="exact", label_dropout=0.9).double()
-    example = task.example((x0, label), draws())
+    task: Any = FlowMatching(Linear(0.0, num_classes=2), coupling="exact", label_dropout=0.9).double()
+    example: Any = task.example((x0, label), draws())
     assert torch.equal(example.label, label)
     assert not torch.equal(example.shown, label)
     everything = FlowMatching(Linear(0.0, num_classes=2), coupling="exact", label_dropout=0.0).double()
-    again = everything.example((x0, label), draws())
+    again: Any = everything.example((x0, label), draws())
     assert torch.equal(again.shown, label)
 
 
 def test_a_seed_decides_what_the_entropic_plan_gives():
     x0, _ = points(64)
-    task = FlowMatching(Linear(0.3), coupling="sinkhorn").double()
+    task: Any = FlowMatching(Linear(0.3), coupling="sinkhorn").double()
     losses = [task.sampled_loss(x0, torch.Generator().manual_seed(seed)).item() for seed in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("coupling", COUPLED)
 def test_coupled_noise_gives_no_score(coupling):
-    task = FlowMatching(nn.Identity(), coupling=coupling)
+    task: Any = FlowMatching(nn.Identity(), coupling=coupling)
     check_fit(task.denoiser(), FlowHeun(5))
     with pytest.raises(Exception, match="score"):
         check_fit(task.denoiser(), SISDE(5))

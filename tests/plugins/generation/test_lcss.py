@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def test_the_reading_by_default_is_the_papers():
 
 def test_stein_gives_the_trace_of_the_derivative():
     """E σ² s(x')·(x' − x)/ς² = σ² E tr ∇s(x'), with s = −output/σ."""
-    task = LCSS(Bent(), smoothing=0.3, antithetic=False, schedule="edm").double()
+    task: Any = LCSS(Bent(), smoothing=0.3, antithetic=False, schedule="edm").double()
     level = task.path.level(0.8)
     columns = whitened(200000, 6, seed=1)
     x0, z, smoothing = columns[:, :2], columns[:, 2:4], columns[:, 4:]
@@ -111,7 +113,7 @@ def test_stein_gives_the_trace_of_the_derivative():
 
 def test_with_the_norm_at_the_perturbed_state_it_is_denoising_score_matching():
     """½‖ε(x')‖² − ε(x')·z'/c and ½‖ε(x') − z'/c‖² have one gradient."""
-    task = LCSS(Linear(0.4), norm_at="perturbed", smoothing=0.5, antithetic=False, schedule="linear").double()
+    task: Any = LCSS(Linear(0.4), norm_at="perturbed", smoothing=0.5, antithetic=False, schedule="linear").double()
     columns = whitened(64, 6)
     x0, z, smoothing = columns[:, :2], columns[:, 2:4], columns[:, 4:]
     times = torch.full((64,), 0.4, dtype=torch.float64)
@@ -127,7 +129,7 @@ def test_with_the_norm_at_the_perturbed_state_it_is_denoising_score_matching():
     [("state", False, 2), ("state", True, 3), ("perturbed", False, 1), ("perturbed", True, 2)],
 )
 def test_it_costs_as_many_passes_as_it_says(norm_at, antithetic, passes):
-    task = LCSS(Linear(), norm_at=norm_at, antithetic=antithetic).double()
+    task: Any = LCSS(Linear(), norm_at=norm_at, antithetic=antithetic).double()
     calls = []
     task.model.register_forward_hook(lambda *_: calls.append(1))
     task.training_step(torch.randn(4, 2, dtype=torch.float64), 0)
@@ -140,7 +142,7 @@ def test_a_pair_of_signs_has_the_same_mean_and_bounded_noise():
     times = torch.full((512,), 0.4, dtype=torch.float64)
 
     def losses(antithetic, share):
-        task = LCSS(Bent(), smoothing=share, antithetic=antithetic, schedule="linear").double()
+        task: Any = LCSS(Bent(), smoothing=share, antithetic=antithetic, schedule="linear").double()
         with torch.no_grad():
             return task.losses(Example(x0, None, None, times, Fixed(z, smoothing)))
 
@@ -151,7 +153,7 @@ def test_a_pair_of_signs_has_the_same_mean_and_bounded_noise():
 
 
 def test_what_it_learns_is_converted_like_any_noise():
-    task = LCSS(Linear(0.5), schedule="linear").double()
+    task: Any = LCSS(Linear(0.5), schedule="linear").double()
     x, level = torch.ones(1, 2, dtype=torch.float64), task.path.level(0.3)
     found = task.prediction(x, level, torch.tensor([0.3], dtype=torch.float64), None)
     assert torch.allclose(found.score, -0.5 * x / level.sigma, atol=1e-12)

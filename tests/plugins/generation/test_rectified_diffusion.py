@@ -56,6 +56,10 @@ def student(teacher, **options):
     return RectifiedDiffusion(PointMLP(2, 2, width=WIDTH), teacher, **{"pairs": 200, "steps": 8, **options})
 
 
+def trained_task(folder) -> Any:
+    return load_trained(str(folder)).task
+
+
 BATCH = (torch.zeros(64, 2), torch.zeros(64, dtype=torch.int64))
 
 
@@ -69,8 +73,8 @@ class TestRectifiedDiffusion(TaskSuite):
 
 
 def test_pairs_lie_on_the_teachers_flow(teacher):
-    denoiser = load_trained(teacher).task.denoiser()
-    pairs = generate_pairs(denoiser, 300, 8)
+    denoiser: Any = trained_task(teacher).denoiser()
+    pairs: Any = generate_pairs(denoiser, 300, 8)
     grid = Uniform().grid(denoiser.path, 8)
     expected = sample(denoiser, DDIM(8), grid, range(300), condition=denoiser.condition({}, range(300)))
     assert torch.allclose(pairs.x0, expected.x, atol=1e-5)
@@ -80,7 +84,7 @@ def test_pairs_lie_on_the_teachers_flow(teacher):
 
 
 def test_guided_pairs_are_guided(teacher):
-    denoiser = load_trained(teacher).task.denoiser()
+    denoiser: Any = trained_task(teacher).denoiser()
     plain, one = generate_pairs(denoiser, 8, 4), generate_pairs(denoiser, 8, 4, guidance=1.0)
     guided = generate_pairs(denoiser, 8, 4, guidance=3.0)
     assert torch.equal(plain.x0, one.x0)
@@ -101,7 +105,8 @@ def test_guided_pairs_are_guided(teacher):
 
 
 def test_it_starts_as_the_teacher(teacher):
-    task, taught = student(teacher), load_trained(teacher).task
+    task: Any = student(teacher)
+    taught = trained_task(teacher)
     for name, value in taught.model.state_dict().items():
         assert torch.equal(task.model.state_dict()[name], value)
     assert float(task.center) == float(taught.center)
@@ -113,7 +118,7 @@ def test_it_starts_as_the_teacher(teacher):
 
 
 def test_data_are_trained_with_the_noise_that_they_came_from(teacher):
-    task = student(teacher)
+    task: Any = student(teacher)
     pairs = task._ready_pairs()
     seen = []
     task.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
@@ -127,13 +132,13 @@ def test_data_are_trained_with_the_noise_that_they_came_from(teacher):
     assert int(nearest.indices.min()) >= 20
     known = label < 2
     assert torch.equal(label[known], pairs.label[nearest.indices][known])
-    example = task.example(BATCH, Draws.for_evaluation(0, 0, torch.device("cpu")))
+    example: Any = task.example(BATCH, Draws.for_evaluation(0, 0, torch.device("cpu")))
     assert all(any(torch.equal(x0, own) for own in pairs.x0[:20]) for x0 in example.x0)
 
 
 def one_step_error(task, pairs):
     """How far one step from noise ends from where the teacher's many steps end."""
-    denoiser = task.denoiser()
+    denoiser: Any = task.denoiser()
     grid = Uniform().grid(denoiser.path, 1)
     x = pairs.z * denoiser.path.starting_scale(grid[0])
     with torch.no_grad():
@@ -142,8 +147,8 @@ def one_step_error(task, pairs):
 
 
 def test_one_round_brings_one_step_nearer(teacher):
-    task = student(teacher, pairs=1000, steps=20, label_dropout=0.0)
-    fresh = generate_pairs(load_trained(teacher).task.denoiser(), 1500, 20)
+    task: Any = student(teacher, pairs=1000, steps=20, label_dropout=0.0)
+    fresh: Any = generate_pairs(trained_task(teacher).denoiser(), 1500, 20)
     held_out = type(fresh)(fresh.z[1000:], fresh.x0[1000:], fresh.label[1000:])
     before = one_step_error(task, held_out)
     optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
@@ -166,7 +171,7 @@ def test_making_one_moves_no_random_numbers(teacher):
 
 
 def test_a_copy_trains_its_own_network(teacher):
-    task = student(teacher)
+    task: Any = student(teacher)
     other = copy.deepcopy(task)
     with torch.no_grad():
         for p in other.parameters():
@@ -180,13 +185,13 @@ def test_it_trains_resumes_generates_and_teaches_as_a_run(runs, teacher):
     more = ["task=rectified_diffusion", f"task.teacher={teacher}", "task.pairs=100", "task.steps=4"]
     result = train(runs, "rectified", *more, "trainer.max_epochs=1")
     assert result.metrics["val_loss"] > 0
-    weights = load_trained(str(result.folder)).task.model.state_dict()
-    taught = load_trained(teacher).task.model.state_dict()
+    weights = trained_task(result.folder).model.state_dict()
+    taught: Any = trained_task(teacher).model.state_dict()
     assert any(not torch.equal(weights[name], taught[name]) for name in weights)
     again = RectifiedDiffusion(PointMLP(2, 2, width=WIDTH), str(result.folder), pairs=20, steps=2)
     assert again.objective.form == "velocity"
     assert torch.isfinite(again.training_step(BATCH, 0)["loss"])
-    second_round = generate_pairs(load_trained(str(result.folder)).task.denoiser(), 20, 2)
+    second_round = generate_pairs(trained_task(result.folder).denoiser(), 20, 2)
     assert torch.equal(again._ready_pairs().x0, second_round.x0)
 
 

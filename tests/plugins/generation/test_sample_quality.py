@@ -274,6 +274,23 @@ def test_a_classifier_takes_samples_of_any_shape(shape: tuple[int, ...]):
     assert made(torch.randn(4, *shape)).shape == (4, 3)
 
 
+class SetUp(TwoMoons):
+    """Notes each time that it is set up, which might draw another split."""
+
+    def setup(self, stage: str) -> None:
+        self.stages = [*getattr(self, "stages", []), stage]
+
+
+def test_data_that_a_trainer_has_set_up_are_not_set_up_again_for_training():
+    alone = SetUp(samples=256)
+    SampleQuality.for_data(alone)
+    assert alone.stages == ["fit", "test"]
+    data = SetUp(batch_size=64, samples=256)
+    with quiet_trainer(max_epochs=1, callbacks=[probe()]) as trainer:
+        trainer.fit(task(), datamodule=data)
+    assert data.stages == ["fit", "test"]
+
+
 # What is drawn.
 
 
@@ -414,6 +431,10 @@ def test_samples_do_not_depend_on_how_many_are_drawn_at_a_time_or_where():
         other, _ = probe(count=11, sample_seed=1)._draw(trainer, trained)
     assert torch.allclose(whole, parts, atol=1e-5)
     assert not torch.allclose(whole, other, atol=1e-2)
+    trained.center += 100  # in the data's own units the same samples lie elsewhere
+    with quiet_trainer() as trainer:
+        assert torch.allclose(probe(count=11)._draw(trainer, trained)[0], whole + 100, atol=1e-3)
+    trained.center -= 100
 
     class Rank:
         """One of two processes, which knows what the other one will say."""

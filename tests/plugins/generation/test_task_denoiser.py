@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -66,7 +68,7 @@ def times(*values):
 
 
 def test_it_samples_what_its_network_knows():
-    task = Diffusion(ExactVelocity(), schedule="linear", center=0.0, scale=1.0).double()
+    task: Any = Diffusion(ExactVelocity(), schedule="linear", center=0.0, scale=1.0).double()
     task.state_sizes[0] = 2
     mixture, denoiser = GaussianMixture(path="linear"), task.denoiser()
     sampler = DDIM(20)
@@ -78,9 +80,9 @@ def test_it_samples_what_its_network_knows():
 
 @pytest.mark.parametrize("task_class", ALL)
 def test_the_network_is_in_evaluation_mode_and_then_as_it_was(task_class):
-    task = task_class(Net()).train()
+    task: Any = task_class(Net()).train()
     task.model.layer.eval()
-    denoiser = task.denoiser()
+    denoiser: Any = task.denoiser()
     x, level = torch.randn(4, 2), task.path.level(0.3)
     first, second = denoiser.predict(x, level), denoiser.predict(x, level)
     assert torch.equal(first.data, second.data)
@@ -91,7 +93,7 @@ def test_the_network_is_in_evaluation_mode_and_then_as_it_was(task_class):
 
 @pytest.mark.parametrize("task_class", ALL)
 def test_one_level_for_all_and_one_a_sample_say_the_same(task_class):
-    denoiser = task_class(Net().double()).double().denoiser()
+    denoiser: Any = task_class(Net().double()).double().denoiser()
     x = torch.randn(3, 2, dtype=torch.float64)
     together = denoiser.predict(x, denoiser.path.level(0.3))
     apart = denoiser.predict(x, denoiser.path.levels(times(0.3, 0.3, 0.3), 2))
@@ -107,12 +109,12 @@ def test_another_time_for_the_network_changes_nothing_but_what_it_is_told(predic
         def forward(self, x, time, label=None):
             return super().forward(x, 0 * time, label)
 
-    task = Diffusion(Deaf().double(), prediction, schedule="edm").double()
-    denoiser = task.denoiser()
+    task: Any = Diffusion(Deaf().double(), prediction, schedule="edm").double()
+    denoiser: Any = task.denoiser()
     x, level = torch.randn(2, 2, dtype=torch.float64), task.path.level(3.0)
     plain, shifted = denoiser.predict(x, level), denoiser.predict(x, level, network_time=0.5)
     assert torch.equal(plain.data, shifted.data)
-    hearing = Diffusion(Net().double(), prediction, schedule="edm").double().denoiser()
+    hearing: Any = Diffusion(Net().double(), prediction, schedule="edm").double().denoiser()
     assert not torch.equal(hearing.predict(x, level).data, hearing.predict(x, level, network_time=0.5).data)
     each = torch.tensor([0.5, 0.7])
     hearing.predict(x, level, network_time=each)
@@ -120,7 +122,7 @@ def test_another_time_for_the_network_changes_nothing_but_what_it_is_told(predic
 
 
 def test_labels_reach_the_network_and_none_of_them_means_none():
-    denoiser = Diffusion(Net()).denoiser()
+    denoiser: Any = Diffusion(Net()).denoiser()
     x, level = torch.randn(2, 2), denoiser.path.level(0.3)
     seen = denoiser.task.model.seen
     condition = denoiser.condition({"label": 1}, [0, 1])
@@ -135,13 +137,13 @@ def test_labels_reach_the_network_and_none_of_them_means_none():
 
 
 def test_a_model_that_always_saw_its_labels_cannot_leave_them_out():
-    denoiser = Diffusion(Net(), label_dropout=0.0).denoiser()
+    denoiser: Any = Diffusion(Net(), label_dropout=0.0).denoiser()
     with pytest.raises(CompositionError, match="never trained without its labels"):
         denoiser.unconditional(denoiser.condition({}, [0, 1]))
 
 
 def test_states_and_samples_are_each_others_inverse():
-    denoiser = Diffusion(Net(), center=3.0, scale=2.0).denoiser()
+    denoiser: Any = Diffusion(Net(), center=3.0, scale=2.0).denoiser()
     samples = torch.randn(5, 2) * 4
     assert torch.allclose(denoiser.encode(samples), (samples - 3) / 2)
     assert torch.allclose(denoiser.decode(denoiser.encode(samples)), samples, atol=1e-6)
@@ -149,8 +151,8 @@ def test_states_and_samples_are_each_others_inverse():
 
 
 def test_the_shape_is_that_of_the_data():
-    task = Diffusion(Net())
-    denoiser = task.denoiser()
+    task: Any = Diffusion(Net())
+    denoiser: Any = task.denoiser()
     with pytest.raises(CompositionError, match="what a sample of this model looks like"):
         _ = denoiser.shape
     denoiser.attach(Points(), None)
@@ -162,7 +164,7 @@ def test_the_shape_is_that_of_the_data():
 
 def test_moments_are_those_of_the_data_as_states():
     task, data = Diffusion(Net(), center=3.0, scale=2.0), Points()
-    denoiser = task.denoiser()
+    denoiser: Any = task.denoiser()
     with pytest.raises(CompositionError, match="does not know its data"):
         denoiser.moments()
     denoiser.attach(data, None)
@@ -177,8 +179,8 @@ def test_moments_are_those_of_the_data_as_states():
 
 def test_a_fingerprint_follows_the_weights_and_the_units():
     torch.manual_seed(0)
-    task = Diffusion(Net())
-    denoiser = task.denoiser()
+    task: Any = Diffusion(Net())
+    denoiser: Any = task.denoiser()
     first = denoiser.fingerprint()
     assert first == task.denoiser().fingerprint()
     with torch.no_grad():
@@ -192,8 +194,8 @@ def test_a_fingerprint_follows_the_weights_and_the_units():
 
 
 def test_it_says_what_it_is():
-    task = FlowMatching(Net().bfloat16(), coupling="exact")
-    denoiser = task.denoiser()
+    task: Any = FlowMatching(Net().bfloat16(), coupling="exact")
+    denoiser: Any = task.denoiser()
     assert denoiser.dtype == torch.bfloat16
     assert (denoiser.form, denoiser.classes, denoiser.sampler_name) == ("flow", 2, "flow_heun")
     assert denoiser.path is task.noise_path()
@@ -204,9 +206,9 @@ def test_it_says_what_it_is():
 
 
 def test_half_precision_samples_are_finite():
-    task = Diffusion(Net().bfloat16())
+    task: Any = Diffusion(Net().bfloat16())
     task.state_sizes[0] = 2
-    denoiser = task.denoiser()
+    denoiser: Any = task.denoiser()
     sampler = DDIM(4)
     found = sample(denoiser, sampler, sampler.grid(denoiser.path, UniformLambda()), range(3)).x
     assert found.dtype == torch.bfloat16
@@ -214,7 +216,7 @@ def test_half_precision_samples_are_finite():
 
 
 def test_gradients_reach_the_states():
-    denoiser = Diffusion(Net()).denoiser()
+    denoiser: Any = Diffusion(Net()).denoiser()
     x = torch.randn(2, 2, requires_grad=True)
     prediction = denoiser.predict(x, denoiser.path.level(0.3))
     assert isinstance(prediction, Prediction)

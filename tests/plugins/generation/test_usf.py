@@ -16,7 +16,8 @@ from lightrail.generation.search import Artefact, SearchProblem
 from lightrail.traits import traits_of
 from lightrail_generation.samplers.ddim import DDIM
 from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
-from lightrail_generation.samplers.unipc import UniPC
+from lightrail_generation.samplers.exponential import adams_weights, carried
+from lightrail_generation.samplers.unipc import UniPC, predictor_weights
 from lightrail_generation.samplers.usf import USF, SolverStep
 from lightrail_generation.searches.usf import KNOWN, USFSearch, _made, _Space
 from lightrail_generation.time_grids.searched import Searched
@@ -78,6 +79,24 @@ def test_a_step_from_an_earlier_knot_is_the_last_stage_of_a_single_step_method()
         # ∫₀ʰ e^{u−h} (D_0 + slope u) du
         x = end.sigma / start.sigma * x + end.alpha * (-np.expm1(-h) * first + (h + np.expm1(-h)) * slope)
     torch.testing.assert_close(run(sampler), x, rtol=1e-11, atol=1e-11)
+
+
+def test_each_entry_is_for_its_own_step_and_its_corrector_for_the_state_that_the_step_leads_to():
+    first = {"order": 1, "corrector": True, "derivatives": "exact"}
+    sampler = USF(schedule=[first, {"order": 2, "form": "noise"}, {"order": 2, "derivatives": "exact"}])
+    g = sampler.grid(MIXTURE.path, KNOTS).levels
+    lams = [level.lam for level in g]
+    m_0 = MIXTURE.predict(START, g[0])
+    x_1 = carried(g[0], g[1], "data") * START + adams_weights(g[0], g[1], lams[:1], "data")[0] * m_0.data
+    m_1 = MIXTURE.predict(x_1, g[1])
+    of_0, of_1 = adams_weights(g[0], g[1], lams[:2], "data")
+    corrected = carried(g[0], g[1], "data") * START + of_0 * m_0.data + of_1 * m_1.data
+    of_1, of_0 = predictor_weights(g[1], g[2], [lams[1], lams[0]], "noise", "bh2")
+    x_2 = carried(g[1], g[2], "noise") * corrected + of_1 * m_1.noise + of_0 * m_0.noise
+    m_2 = MIXTURE.predict(x_2, g[2])
+    of_2, of_1 = adams_weights(g[2], g[3], [lams[2], lams[1]], "data")
+    x_3 = carried(g[2], g[3], "data") * x_2 + of_2 * m_2.data + of_1 * m_1.data
+    torch.testing.assert_close(run(sampler), x_3, rtol=1e-11, atol=1e-11)
 
 
 def errors_of(entry, counts=(40, 80), first=3):
