@@ -105,13 +105,6 @@ class TimeGrid(ABC):
         if jumps:
             times.append(path.t_zero)
         levels = tuple(path.level(t) for t in times)
-        if finite and levels[0].alpha == 0:
-            raise ConfigurationError(
-                "the time grid starts where no data are left, and this sampler divides by their share",
-                found=f"t={levels[0].t:.6g}, where α = 0",
-                allowed=f"a start of at most t={path.t_finite:.6g}",
-                remedy="Start the listed times later, or choose a sampler of flows: flow_heun.",
-            )
         return Grid(path, levels, denoises_last=self.end == "denoise")
 
     def _start(self, path: NoisePath) -> float:

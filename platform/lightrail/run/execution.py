@@ -313,8 +313,10 @@ class _Record:
     def _write_report(self, status: str) -> None:
         from lightrail.report import write_report
 
-        figures: Any = getattr(self._run.task, "figures", None)
-        drawn: Any = figures() if callable(figures) and status == "finished" else {}
+        drawn: dict[str, Any] = {}
+        for each in (self._run.task, *self._run.callbacks) if status == "finished" else ():
+            if callable(figures := getattr(each, "figures", None)):
+                drawn |= figures()
         write_report(self._observation.folder.path, figures=drawn)
 
     def _seen(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from lightrail.errors import ConfigurationError
-from lightrail.generation import NoisePath, TimeGrid
+from lightrail.generation import Grid, NoisePath, TimeGrid
 from lightrail.traits import Traits
 
 __all__ = ["Explicit"]
@@ -52,3 +52,7 @@ class Explicit(TimeGrid):
                 remedy=f"Set sampler.steps={len(self.listed) - 1}, or list {count} times.",
             )
         return np.array(self.listed)
+
+    def grid(self, path: NoisePath, steps: int, *, finite: bool = True) -> Grid:
+        # What is listed is taken as it is; a sampler that cannot start there says so.
+        return super().grid(path, steps, finite=False)

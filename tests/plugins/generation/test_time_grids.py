@@ -64,9 +64,7 @@ def test_a_shift_spends_steps_at_the_noisy_end() -> None:
 
 def test_listed_times_are_taken_as_they_are() -> None:
     assert times(Explicit([0.9, 0.3, 0.0]), LinearFlow(), 2) == [0.9, 0.3, 0.0]
-    assert times(Explicit([1.0, 0.0]), LinearFlow(), 1, finite=False) == [1.0, 0.0]
-    with pytest.raises(ConfigurationError, match="starts where no data are left"):
-        times(Explicit([1.0, 0.0]), LinearFlow(), 1)
+    assert times(Explicit([1.0, 0.0]), LinearFlow(), 1) == [1.0, 0.0]
     with pytest.raises(ConfigurationError, match="do not make that many steps"):
         times(Explicit([0.9, 0.3, 0.0]), LinearFlow(), 3)
     with pytest.raises(ConfigurationError, match="does not fall"):

@@ -284,8 +284,9 @@ def test_half_precision_on_every_path(form, path):
 
 
 def test_traits_follow_the_options():
-    assert traits_of(UniPC, {"order": 3}).order == 4
-    assert traits_of(UniPC, {"order": 3, "corrector": False}).order == 3
+    assert traits_of(UniPC, {"order": 3, "lower_order_final": False}).order == 4
+    assert traits_of(UniPC, {"order": 3, "corrector": False, "lower_order_final": False}).order == 3
+    assert traits_of(UniPC, {"order": 3}).order == 2
     assert traits_of(UniPC, {"form": "noise"}).needs_predictions == ("noise",)
     assert traits_of(UniPC, {"steps": 5}) == UniPC.traits
 
