@@ -161,6 +161,9 @@ def _read(loader: Any, place: Path, precision: Mapping[str, Any]) -> Any:
         return loader.from_pretrained(str(place), local_files_only=True)
     # Read in that precision rather than cast to it: some models keep a few weights in float32.
     model, report = loader.from_pretrained(str(place), local_files_only=True, output_loading_info=True, **precision)
+    if precision and not getattr(model, "_keep_in_fp32_modules", None):
+        # Without accelerate, what a constructor computes stays in single precision.
+        model.to(dtype=next(iter(precision.values())))
     missing = sorted(report["missing_keys"])
     if missing:
         raise KeyError(f"{len(missing)} weights are missing, {missing[0]} the first")
