@@ -315,8 +315,8 @@ class _Record:
 
         drawn: dict[str, Any] = {}
         for each in (self._run.task, *self._run.callbacks) if status == "finished" else ():
-            figures: Any = getattr(each, "figures", dict)
-            drawn |= figures()
+            figures: Any = getattr(each, "figures", None)
+            drawn |= figures() if callable(figures) else {}
         write_report(self._observation.folder.path, figures=drawn)
 
     def _seen(self) -> dict[str, float]:
