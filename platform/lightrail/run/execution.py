@@ -316,7 +316,8 @@ class _Record:
         drawn: dict[str, Any] = {}
         for each in (self._run.task, *self._run.callbacks) if status == "finished" else ():
             figures: Any = getattr(each, "figures", None)
-            drawn |= figures() if callable(figures) else {}
+            made: Any = figures() if callable(figures) else {}
+            drawn |= made
         write_report(self._observation.folder.path, figures=drawn)
 
     def _seen(self) -> dict[str, float]:
