@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightrail.catalogue import available, load
     from lightrail.errors import LightrailError, UserError
-    from lightrail.generation import Denoiser, Guidance, Sampler, SamplerWrapper, TimeGrid
+    from lightrail.generation import Denoiser, Guidance, Measurement, Sampler, SamplerWrapper, TimeGrid
     from lightrail.generation.search import Search
     from lightrail.generation.text import TokenSampler
     from lightrail.run import Result, Run, compose
@@ -29,6 +29,7 @@ __all__ = [
     "Extent",
     "Guidance",
     "LightrailError",
+    "Measurement",
     "Peer",
     "Portion",
     "Result",
@@ -56,6 +57,7 @@ _HOMES = {
     "Extent": "lightrail.step",
     "Guidance": "lightrail.generation",
     "LightrailError": "lightrail.errors",
+    "Measurement": "lightrail.generation",
     "Peer": "lightrail.traits",
     "Portion": "lightrail.step",
     "Result": "lightrail.run",

@@ -77,7 +77,18 @@ KINDS: dict[str, Kind] = {
         ),
         Kind("time_grid", "a lightrail.TimeGrid: the times that it visits", base="TimeGrid", commands=GENERATING),
         Kind(
-            "guidance", "a lightrail.Guidance: what steers a sampler", many=True, base="Guidance", commands=GENERATING
+            "guidance",
+            "a lightrail.Guidance: what steers a sampler",
+            many=True,
+            base="Guidance",
+            supplied=("load_run",),
+            commands=GENERATING,
+        ),
+        Kind(
+            "measurement",
+            "a lightrail.Measurement: a linear operator with its adjoint",
+            base="Measurement",
+            commands=("generate",),
         ),
         Kind("search", "a lightrail.Search: fits a schedule or statistics for later runs", commands=("search",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),

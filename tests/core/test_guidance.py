@@ -241,7 +241,7 @@ def test_the_sampler_can_be_run_again_from_another_start_with_nothing_remembered
     starts = []
 
     class Twice(Guidance):
-        def around(self, run, start):  # type: ignore[no-untyped-def]
+        def around(self, run, start, moment):  # type: ignore[no-untyped-def]
             first = run(start)
             starts.append(first.x)
             return run(start + 1)

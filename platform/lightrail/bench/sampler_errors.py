@@ -30,7 +30,7 @@ _SETTINGS: dict[str, tuple[tuple[str, list[dict[str, Any]]], ...]] = {
     "dpm_solver": (("dpm_solver", [{"order": 2}, {"order": 3}, {"variant": "fast"}]),),
     "dpm_solver_pp": (
         ("dpm_solver_pp", [{"order": 2}, {"order": 2, "solver_type": "taylor"}, {"order": 3}]),
-        ("dpm_solver_pp single", [{"variant": "single", "order": 2}, {"variant": "single", "order": 3}]),
+        ("dpm_solver_pp single", [{"variant": v, "order": k} for v in ("single", "fast") for k in (2, 3)]),
     ),
     "dpm_solver_v3": (("dpm_solver_v3", [{"order": 2}, {"order": 3}]),),
     "plms": (("plms", [{"order": 2}, {"order": 3}, {"order": 4}]),),
@@ -39,6 +39,12 @@ _SETTINGS: dict[str, tuple[tuple[str, list[dict[str, Any]]], ...]] = {
 # Spacings that are tried of an installed time grid; of others the defaults.
 _SPACINGS: dict[str, list[dict[str, Any]]] = {
     "training_steps": [{"spacing": each} for each in ("linspace", "leading", "trailing", "karras", "lambda")],
+    # Where the last step, to the data, begins is a choice of the spacing too: the schedulers' own begin it anywhere
+    # from the first training time to the 332nd.
+    **{
+        name: [{}, *({"stop": stop} for stop in (20, 50, 100, 150, 200, 300))]
+        for name in ("karras", "quadratic", "uniform", "uniform_lambda")
+    },
 }
 # The same method here and there.
 PAIRS: tuple[tuple[str, str], ...] = (
@@ -135,7 +141,7 @@ def _builders(name: str) -> Iterator[tuple[str, str, Any]]:
     for method, settings in _SETTINGS.get(name, ((name, [{}]),)):
         for options in settings:
             if not traits_of(plugin, options).is_stochastic:
-                told = [f"{key}={value}" for key, value in options.items() if key != "variant" or method == name]
+                told = [f"{key}={value}" for key, value in options.items() if f"{name} {value}" != method]
                 yield method, ", ".join(told), lambda steps, options=options: plugin(steps=steps, **options)
 
 
@@ -149,7 +155,8 @@ def _time_grids() -> Iterator[tuple[str, TimeGrid]]:
         if missing_options(plugin, {}, given=0):
             continue  # times that are given one by one or read from a file
         for options in _SPACINGS.get(name, [{}]):
-            label = " ".join((name, *(str(value) for value in options.values())))
+            told = (f"stop={value}" if key == "stop" else str(value) for key, value in options.items())
+            label = " ".join((name, *told))
             yield label, _Kept(plugin(**options))
 
 

@@ -73,6 +73,9 @@ GENERATION: Mapping[str, OwnKey] = {
     "generate.label": OwnKey(_is_label, "a class from 0, a list of classes, or null"),
     "generate.prompt": _text(null=True),
     "generate.length": _whole(1),
+    "generate.image": _text(null=True),
+    "generate.observed": _text(null=True),
+    "generate.compare": _YES_OR_NO,
     "generate.invert": _text(null=True),
     "generate.devices": OwnKey(
         lambda value: value == "auto" or (accepts({"is": "int"}, value) and value >= 1), "at least 1, or auto"

@@ -1,9 +1,11 @@
 """Generation: noise paths, denoisers, time grids and the contract of samplers."""
 
+from lightrail.generation.conjugate_gradients import conjugate_gradients
 from lightrail.generation.denoiser import Condition, Denoiser, Generated
 from lightrail.generation.evaluator import Evaluator
 from lightrail.generation.gaussian_mixture import GaussianMixture
 from lightrail.generation.guidance import Guidance, Moment
+from lightrail.generation.measurement import Measurement, Observed, StateMeasurement
 from lightrail.generation.noise import Noise
 from lightrail.generation.noise_path import (
     CosineVP,
@@ -33,19 +35,23 @@ __all__ = [
     "Level",
     "LinearFlow",
     "LinearVP",
+    "Measurement",
     "Moment",
     "Noise",
     "NoisePath",
+    "Observed",
     "Predict",
     "Prediction",
     "Sampled",
     "Sampler",
     "SamplerWrapper",
     "State",
+    "StateMeasurement",
     "TableVP",
     "TimeGrid",
     "VariancePreserving",
     "check_fit",
+    "conjugate_gradients",
     "invert",
     "sample",
     "weighted_sum",

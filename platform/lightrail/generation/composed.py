@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightrail.errors import CompositionError
 from lightrail.generation.denoiser import Denoiser
 from lightrail.generation.guidance import Guidance
+from lightrail.generation.measurement import Measurement
+from lightrail.generation.observing import sample_shape
 from lightrail.generation.sampler import Sampler, SamplerWrapper
 from lightrail.generation.sampling import check_fit
 from lightrail.generation.text import TextModel, TokenSampler
@@ -42,6 +46,8 @@ class Generation:
         seed: Of everything that is drawn.
         trained: The run that trained the model, where there is one.
         guidance: What steers the samples, in order.
+        measurement: What is measured of the samples that are sought.
+        population: How many samples, one after the other, are drawn together.
         notes: What was decided for the user, one sentence each.
     """
 
@@ -54,6 +60,8 @@ class Generation:
     seed: int
     trained: TrainedRun | None
     guidance: tuple[Guidance, ...] = ()
+    measurement: Measurement | None = None
+    population: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,11 +84,18 @@ class Generation:
 
 
 def normalised(overrides: Sequence[str]) -> list[str]:
-    """The overrides with ``run=FOLDER`` written out as ``run.from=FOLDER``."""
+    """The overrides with short forms written out: ``run=FOLDER`` for ``run.from=FOLDER``, and what is measured, a
+    group of its own, without ``generate.`` before it."""
     words = []
     for each in overrides:
         key, equals, value = each.partition("=")
-        words.append(f"run.from={value}" if equals and key.lstrip("+") == "run" else each)
+        plain = key.lstrip("+")
+        if equals and plain == "run":
+            words.append(f"run.from={value}")
+        elif equals and f"{plain}.".startswith("generate.measurement."):
+            words.append(f"{plain.removeprefix('generate.')}={value}")
+        else:
+            words.append(each)
     return words
 
 
@@ -129,7 +144,10 @@ def compose_generation(
     sampler.prepare(model)
     grid = sampler.grid(model.path, times)
     made = _generation(composition, model, sampler, times, grid, trained, chosen)
-    return dataclasses.replace(made, guidance=_guidance(resolved, model))
+    guidance = _guidance(resolved, model, sampler, partial(load_trained, root=config.run.root, config_dirs=dirs))
+    measurement = _measurement(resolved, model, guidance)
+    population = math.lcm(*(each.population for each in guidance))
+    return dataclasses.replace(made, guidance=guidance, measurement=measurement, population=population)
 
 
 def _generation(
@@ -252,12 +270,14 @@ def _sampler(resolved: Resolved, model: Denoiser | TextModel) -> Sampler | Token
     return sampler
 
 
-def _guidance(resolved: Resolved, model: Denoiser) -> tuple[Guidance, ...]:
+def _guidance(
+    resolved: Resolved, model: Denoiser, sampler: Sampler, load_run: Callable[[str], TrainedRun]
+) -> tuple[Guidance, ...]:
     from lightrail.run.build import make
 
     chain = []
     for each in resolved.chosen.get("guidance", ()):
-        guidance = make(resolved, each)
+        guidance = make(resolved, each, {"load_run": load_run})
         if not isinstance(guidance, Guidance):
             raise CompositionError(
                 f"guidance '{each.name}' is not a lightrail.Guidance",
@@ -265,13 +285,37 @@ def _guidance(resolved: Resolved, model: Denoiser) -> tuple[Guidance, ...]:
                 allowed="a class that extends lightrail.Guidance",
                 remedy="Leave it out, or let it extend lightrail.Guidance.",
             )
-        guidance.prepare(model)
+        guidance.prepare(model, sampler)
         chain.append(guidance)
     return tuple(chain)
 
 
+def _measurement(resolved: Resolved, model: Denoiser, guidance: Sequence[Guidance]) -> Measurement | None:
+    """What is measured, checked: only where it is read, and only with an adjoint that is one."""
+    readers = [type(each).__name__ for each in guidance if each.needs_measurement]
+    chosen = resolved.one("measurement")
+    if (chosen is None) == bool(readers):
+        raise CompositionError(
+            f"{readers[0]} steers towards what was measured, and nothing was"
+            if readers
+            else "what is measured steers nothing",
+            found="no measurement" if chosen is None else f"measurement={chosen.name}",
+            allowed="a measurement together with guidance that reads it (dds, dps, mpgd, …)",
+            remedy="Choose one: generate.measurement=inpaint."
+            if readers
+            else "Add guidance that reads it: '+guidance=[dds]'.",
+        )
+    if chosen is None:
+        return None
+    measurement: Measurement = _made(resolved, "measurement", Measurement)
+    shape = sample_shape(model)
+    measurement.prepare(shape)
+    measurement.check_adjoint(shape)
+    return measurement
+
+
 def _refuse_for_text(resolved: Resolved) -> None:
-    for kind in ("sampler_wrapper", "time_grid", "guidance"):
+    for kind in ("sampler_wrapper", "time_grid", "guidance", "measurement"):
         for each in resolved.chosen.get(kind, ()):
             raise CompositionError(
                 f"{kind} '{each.name}' has no meaning for a language model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
     from matplotlib.figure import Figure
 
+    from lightrail.generation.measurement import Observed
     from lightrail.generation.time_grid import Grid
 
-__all__ = ["Condition", "Denoiser", "Generated"]
+__all__ = ["Condition", "Denoiser", "Generated", "mapped_condition"]
 
 Condition = Mapping[str, Any]
 """What steers a batch, by name: ``label`` ``[B]``, an embedding ``[B, …]``; anything else is for the whole batch."""
@@ -39,12 +40,14 @@ class Generated:
         start: The states that they came from, ``[N, *shape]``.
         condition: What they were steered by, one row each.
         grid: The levels that were visited; ``None`` where they are not known.
+        observed: What was measured of the samples that were sought, where something was.
     """
 
     samples: Tensor
     start: Tensor
     condition: Condition | None = None
     grid: Grid | None = None
+    observed: Observed | None = None
 
 
 class Denoiser(ABC):
@@ -61,6 +64,7 @@ class Denoiser(ABC):
         gives: The forms that can be had of it; one that learned from other than Gaussian noise has no noise or score.
         classes: How many labels it knows; 0 for none.
         sampler_name: The sampler where the user names none.
+        network: The module behind it, for guidance that reaches into its blocks; ``None`` where there is none.
     """
 
     traits: ClassVar[Traits] = Traits()
@@ -72,6 +76,7 @@ class Denoiser(ABC):
     gives: tuple[str, ...] = ("data", "noise", "velocity", "flow", "score")
     classes: int = 0
     sampler_name: str = "dpm_solver_pp"
+    network: Any = None
 
     @abstractmethod
     def output(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
@@ -200,6 +205,19 @@ class Denoiser(ABC):
             folder: The folder of the run that trained it.
         """
 
+    def examples(self, count: int) -> Tensor:
+        """Data that the model was not trained on, in the user's units, ``[count, …]``.
+
+        Raises:
+            CompositionError: None are known.
+        """
+        raise CompositionError(
+            f"{type(self).__name__} has no data to measure",
+            found="neither generate.image nor generate.observed",
+            allowed="an image of yours, or a trained run, whose validation data are known",
+            remedy="Name one: generate.image=FILE, or generate.observed=FILE for what was measured already.",
+        )
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean ``[n]`` and covariance ``[n, n]`` of the data as states, float64; n is the size of a state.
 
@@ -221,6 +239,16 @@ class Denoiser(ABC):
             allowed="a denoiser with fingerprint()",
             remedy="Add fingerprint() to it.",
         )
+
+
+def mapped_condition(condition: Condition | None, function: Callable[[Tensor], Tensor]) -> Condition | None:
+    """A condition with a function applied to each tensor that has one row a sample."""
+    if condition is None:
+        return None
+    return {
+        name: function(value) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in condition.items()
+    }
 
 
 def _joined(conditions: Sequence[Condition]) -> Condition | None:

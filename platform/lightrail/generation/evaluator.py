@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightrail.generation.denoiser import Condition, Denoiser
 from lightrail.generation.guidance import Guidance, Moment
+from lightrail.generation.measurement import Observed
 from lightrail.generation.noise import Noise
 from lightrail.generation.noise_path import Level
 from lightrail.generation.prediction import Prediction
@@ -31,6 +32,7 @@ class Evaluator:
         guidance: What else does, in order.
         grid: The levels of the run; needed where there is guidance.
         noise: The random numbers of these samples; needed where there is guidance.
+        observed: What was measured of them, one row each.
 
     Attributes:
         evaluations: How often the network was asked for each sample.
@@ -43,6 +45,7 @@ class Evaluator:
         guidance: Sequence[Guidance] = (),
         grid: Grid | None = None,
         noise: Noise | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.condition = condition
@@ -50,6 +53,7 @@ class Evaluator:
         self.evaluations = 0
         self._grid = grid
         self._noise = noise
+        self._observed = observed
         self._index = 0
         self._memories: list[dict[str, Any]] = [{} for _ in self.guidance]
         self._first: Prediction | None = None
@@ -99,7 +103,17 @@ class Evaluator:
             memory,
             prediction,
             self._resampled,
+            self._observed,
+            self._count,
         )
+
+    def _count(self, evaluations: int) -> None:
+        self.evaluations += evaluations
+
+    def before(self, number: int, x: Tensor) -> Moment:
+        """What guidance of this number in the chain sees before the first step, at the states ``x``."""
+        assert self._grid is not None
+        return self._moment(self._memories[number], x, self._grid[0])
 
     def after_step(self, state: State) -> State:
         """Lets guidance act on the state after a step."""

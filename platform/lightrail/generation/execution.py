@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from lightrail.errors import CheckpointError, Interrupted, UserError
 from lightrail.generation.composed import Generation, compose_generation, normalised
 from lightrail.generation.denoiser import Denoiser
 from lightrail.generation.making import make_samples
-from lightrail.generation.record import GenerationRecord, GenerationResult
+from lightrail.generation.record import UNGUIDED, GenerationRecord, GenerationResult, Made
 from lightrail.generation.sample_files import SampleFiles
 from lightrail.generation.text_run import write_texts
 
@@ -60,8 +61,14 @@ def generate(
     try:
         with interruption.listening():
             if isinstance(generation.model, Denoiser):
-                made = make_samples(generation, folder, interruption, words, config_dirs, show_progress)
-                return record.samples(*made)
+                told = (interruption, words, config_dirs, show_progress)
+                beside = None
+                if generation.guidance and generation.request["compare"]:
+                    # First, so that the folder is whole when the guided samples are.
+                    unguided = dataclasses.replace(generation, guidance=())
+                    beside = make_samples(unguided, folder.path / UNGUIDED, *told)
+                made = make_samples(generation, folder.path, *told)
+                return record.samples(Made(*made), None if beside is None else Made(*beside))
             texts = write_texts(generation, show_progress)
             return record.texts(texts)
     except UserError:
@@ -106,7 +113,8 @@ def _resumed(words: Sequence[str]) -> tuple[list[str], RunFolder | None]:
 def _newest_generation(root: Path) -> RunFolder:
     from lightrail.run.folder import RunFolder
 
-    folders = [path.parent for path in root.glob("*/batches") if not (path.parent / "samples.safetensors").exists()]
+    begun = (*root.glob("*/batches"), *root.glob(f"*/{UNGUIDED}"))
+    folders = [path.parent for path in begun if not (path.parent / "samples.safetensors").exists()]
     if not folders:
         raise CheckpointError(
             "there is no generation to go on with",

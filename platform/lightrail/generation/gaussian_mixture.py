@@ -173,6 +173,9 @@ class GaussianMixture(Denoiser):
         component = torch.multinomial(self.weights, len(noise), True, generator=torch.Generator().manual_seed(0))
         return self.means[component] + self.variances[component].sqrt()[:, None] * noise.normal(-2).double()
 
+    def examples(self, count: int) -> Tensor:
+        return self.draw(Noise(0, range(count), self.shape, self.dtype))
+
     def moments(self) -> tuple[Tensor, Tensor]:
         mean = self.weights @ self.means
         centred = self.means - mean

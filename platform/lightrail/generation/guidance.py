@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightrail.generation.denoiser import Condition, Denoiser
+from lightrail.generation.denoiser import Condition, Denoiser, Generated
+from lightrail.generation.measurement import Observed
 from lightrail.generation.noise import Noise
 from lightrail.generation.noise_path import Level
 from lightrail.generation.prediction import Prediction
-from lightrail.generation.sampler import State
+from lightrail.generation.sampler import Sampler, State
 from lightrail.generation.time_grid import Grid
 from lightrail.traits import Traits
 
 __all__ = ["Guidance", "Moment"]
 
 Run = Callable[[Tensor], State]
+
+
+def _uncounted(evaluations: int) -> None:
+    pass
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Moment:
         prediction: What the network said at the start of the step; with its graph to its own ``x`` where guidance asked
             for gradients.
         resample: Chooses rows of a state, and of all that guidance remembers: ``resample(state, rows)``.
+        observed: What was measured of the samples that are sought, where something was.
+        count: Adds to the number of evaluations of each sample.
     """
 
     FIRST_DRAW: ClassVar[int] = 1000
@@ -53,10 +60,35 @@ class Moment:
     memory: dict[str, Any] = field(default_factory=dict)
     prediction: Prediction | None = None
     resample: Callable[[State, Tensor], State] = State.select
+    observed: Observed | None = None
+    count: Callable[[int], None] = _uncounted
 
     def normal(self, draw: int = 0) -> Tensor:
         """Standard normal numbers of this step that no sampler uses, ``[B, …]``."""
         return self.noise.normal(self.index, self.FIRST_DRAW + draw)
+
+    def uniform(self, draw: int = 0, shape: Sequence[int] = ()) -> Tensor:
+        """Numbers in [0, 1) of this step that no sampler uses, ``[B, *shape]``."""
+        return self.noise.uniform(self.index, self.FIRST_DRAW + draw, shape)
+
+    def predict(
+        self,
+        x: Tensor,
+        level: Level,
+        condition: Condition | None = None,
+        *,
+        denoiser: Denoiser | None = None,
+    ) -> Prediction:
+        """Asks the network once more, and counts it; a gradient goes through it where gradients are enabled.
+
+        Args:
+            x: States ``[B, …]``, or several rows for each sample, one after the other.
+            level: Their level of noise.
+            condition: What steers them; those of the batch are ``self.condition``.
+            denoiser: Another network.
+        """
+        self.count(max(1, len(x) // len(self.x)))
+        return (denoiser or self.denoiser).predict(x, level, condition)
 
     def gradient(self, losses: Callable[[Prediction], Tensor]) -> tuple[Tensor, Tensor]:
         """The gradient of a loss of what the network says, through the network, at the state of this step.
@@ -82,14 +114,26 @@ class Guidance:
             and names of its own, which :meth:`evaluate` answers.
         needs_gradient: Whether :meth:`Moment.gradient` is asked for; the first evaluation of each step then keeps its
             graph.
+        needs_measurement: Whether it steers towards what was measured, ``moment.observed``.
+        population: How many samples, one after the other, are drawn together and share what they are steered by.
+        candidates: How many states are carried along for each sample, one after the other; the first of them, when all
+            steps are taken, is the sample.
     """
 
     traits: ClassVar[Traits] = Traits()
     asks: tuple[str, ...] = ()
     needs_gradient: bool = False
+    needs_measurement: bool = False
+    population: int = 1
+    candidates: int = 1
 
-    def prepare(self, denoiser: Denoiser) -> None:
-        """Sees the model once, before anything is sampled; refuses one that it cannot steer."""
+    def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
+        """Sees the model and the solver once, before anything is sampled; refuses those that it cannot steer.
+
+        Args:
+            denoiser: The network on its path.
+            sampler: The solver, with its wrappers around it.
+        """
 
     def is_active(self, moment: Moment) -> bool:
         """Whether it acts at this level; where it does not, what it asks is not evaluated."""
@@ -132,11 +176,20 @@ class Guidance:
         """
         return state
 
-    def around(self, run: Run, start: Tensor) -> State:
+    def around(self, run: Run, start: Tensor, moment: Moment) -> State:
         """Chooses where the sampler starts, or runs it more than once.
 
         Args:
             run: From states at the first level to the state at the end.
             start: The states that sampling would start from.
+            moment: Before the first step, at ``start``.
         """
         return run(start)
+
+    def measure(self, generated: Generated) -> dict[str, float]:
+        """What it is meant to move, by name: measured of the guided samples, and of unguided ones beside them.
+
+        Args:
+            generated: All samples of a generation, with what they were steered by.
+        """
+        return {}

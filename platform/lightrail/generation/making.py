@@ -16,12 +16,12 @@ from torch import Tensor
 from lightrail.errors import CompositionError, DataError, Interrupted
 from lightrail.generation.composed import Generation, compose_generation, device_of
 from lightrail.generation.denoiser import Generated
+from lightrail.generation.observing import Observations
 from lightrail.generation.sample_files import Batch, SampleFiles, read_samples
 from lightrail.generation.sampler import State
 from lightrail.generation.sampling import invert, sample
 
 if TYPE_CHECKING:
-    from lightrail.run.folder import RunFolder
     from lightrail.run.interruption import Interruption
 
 __all__ = ["make_samples"]
@@ -29,7 +29,7 @@ __all__ = ["make_samples"]
 
 def make_samples(
     generation: Generation,
-    folder: RunFolder,
+    folder: Path,
     interruption: Interruption,
     words: Sequence[str],
     config_dirs: Sequence[str | Path],
@@ -38,7 +38,7 @@ def make_samples(
     """Makes every sample of a generation, in batches, on one device or several.
 
     Args:
-        generation: What samples.
+        generation: What samples; without its guidance for the samples that guided ones are compared with.
         folder: Where finished batches are kept.
         interruption: Knows whether a signal asked for a stop.
         words: The overrides, for the processes of other devices.
@@ -52,31 +52,69 @@ def make_samples(
         Interrupted: A signal asked for a stop; finished batches are kept.
     """
     request = generation.request
-    files = SampleFiles(folder.path)
-    files.batches.mkdir(exist_ok=True)
+    files = SampleFiles(folder)
     count = _count(generation)
-    pending = files.pending(count, int(request["batch_size"]))
+    if files.samples.exists():
+        return _finished(generation, files, count)
+    files.batches.mkdir(parents=True, exist_ok=True)
+    pending = files.pending(count, _batch_size(generation))
     devices = min(_devices(request), len(pending))
     meter = _Meter(generation, pending, enabled=show_progress)
     if devices > 1:
-        _on_devices(devices, words, config_dirs, files, pending, meter, interruption)
+        _on_devices(generation, devices, words, config_dirs, files, pending, meter, interruption)
     else:
         _make(generation, files, pending, meter, interruption)
     meter.close()
     if files.pending(count, count):
         assert interruption.signal_number is not None
-        raise Interrupted(interruption.signal_number, sum(map(len, files.done())), str(folder.path))
+        raise Interrupted(interruption.signal_number, sum(map(len, files.done())), str(folder))
     batches = files.read()
     seconds, evaluations = sum(batch.seconds for batch in batches), batches[0].evaluations
-    tensors = files.join({"seed": str(generation.seed), "evaluations": str(evaluations)})
+    files.join({"seed": str(generation.seed), "evaluations": str(evaluations), "seconds": repr(seconds)})
+    return _finished(generation, files, count)
+
+
+def _finished(generation: Generation, files: SampleFiles, count: int) -> tuple[Generated, int, float]:
+    """What stands in the files of a generation that is done."""
+    tensors, metadata = files.finished()
     condition = {name: tensors[name] for name in tensors if name not in ("samples", "start")} or None
-    generated = Generated(tensors["samples"], tensors["start"], condition, generation.levels)
-    return generated, evaluations, seconds
+    observed = None
+    if generation.measurement is not None:
+        observed = _observations(generation).of(_numbers(generation, range(count))).map(Tensor.cpu)
+    generated = Generated(tensors["samples"], tensors["start"], condition, generation.levels, observed)
+    return generated, int(metadata["evaluations"]), float(metadata["seconds"])
+
+
+def _observations(generation: Generation) -> Observations:
+    assert generation.measurement is not None
+    count = _count(generation) // generation.population
+    return Observations(generation.measurement, generation.denoiser, generation.request, count, seed=generation.seed)
+
+
+def _numbers(generation: Generation, indices: Sequence[int]) -> list[int]:
+    """What steers these samples, by number: those that are drawn together share it."""
+    return [index // generation.population for index in indices]
+
+
+def _batch_size(generation: Generation) -> int:
+    """The size that was asked for, in whole populations."""
+    size, population = int(generation.request["batch_size"]), generation.population
+    return max(1, size // population) * population
 
 
 def _count(generation: Generation) -> int:
     path = generation.request["invert"]
-    return int(generation.request["count"]) if path is None else len(read_samples(Path(path))["samples"])
+    if path is not None:
+        return len(read_samples(Path(path))["samples"])
+    count = int(generation.request["count"])
+    if count % generation.population:
+        raise CompositionError(
+            "the samples do not make whole populations",
+            found=f"generate.count={count}, and {generation.population} samples that are drawn together",
+            allowed=f"a multiple of {generation.population}",
+            remedy=f"Set generate.count={-(-count // generation.population) * generation.population}.",
+        )
+    return count
 
 
 def _devices(request: Mapping[str, Any]) -> int:
@@ -102,11 +140,13 @@ def _make(
     denoiser = generation.denoiser
     to_invert = generation.request["invert"]
     given = None if to_invert is None else read_samples(Path(to_invert))
+    observations = None if generation.measurement is None else _observations(generation)
     for indices in pending:
         if interruption.signal_number is not None:
             return
         began = time.monotonic()
-        condition = denoiser.condition(generation.request, indices)
+        numbers = _numbers(generation, indices)
+        condition = denoiser.condition(generation.request, numbers)
         if given is None:
             made = sample(
                 denoiser,
@@ -116,6 +156,7 @@ def _make(
                 seed=generation.seed,
                 condition=condition,
                 guidance=generation.guidance,
+                observed=None if observations is None else observations.of(numbers),
                 after_step=meter.after_step,
             )
             samples = denoiser.decode(made.x)
@@ -179,6 +220,7 @@ class _Meter:
 
 
 def _on_devices(
+    generation: Generation,
     devices: int,
     words: Sequence[str],
     config_dirs: Sequence[str | Path],
@@ -193,7 +235,9 @@ def _on_devices(
     arguments = (list(words), [str(each) for each in config_dirs], files.folder)
     # Who makes what is settled here: a process that starts late would find other batches pending.
     workers = [
-        context.Process(target=_work, args=(rank, devices, list(pending[rank::devices]), *arguments))
+        context.Process(
+            target=_work, args=(rank, devices, list(pending[rank::devices]), *arguments, bool(generation.guidance))
+        )
         for rank in range(devices)
     ]
     for worker in workers:
@@ -217,7 +261,15 @@ def _on_devices(
         )
 
 
-def _work(rank: int, world: int, pending: list[range], words: list[str], config_dirs: list[str], folder: Path) -> None:
+def _work(
+    rank: int,
+    world: int,
+    pending: list[range],
+    words: list[str],
+    config_dirs: list[str],
+    folder: Path,
+    is_guided: bool,
+) -> None:
     """What one process does."""
     from lightrail.command import reporting_errors
     from lightrail.run.interruption import Interruption
@@ -230,6 +282,8 @@ def _work(rank: int, world: int, pending: list[range], words: list[str], config_
         generation = compose_generation(words, config_dirs=config_dirs)
         device = device_of(str(generation.request["accelerator"]), rank)
         generation = dataclasses.replace(generation, model=generation.denoiser.to(device))
+        if not is_guided:
+            generation = dataclasses.replace(generation, guidance=())
         _make(generation, SampleFiles(folder), pending, _Meter(generation, pending, enabled=False), interruption)
     if outcome.status:
         sys.exit(outcome.status)

@@ -17,6 +17,7 @@ __all__ = ["CosineVP", "KarrasVE", "Level", "LinearFlow", "LinearVP", "NoisePath
 # alpha is at least this where a solver needs a finite signal-to-noise ratio; what is left out of x_T is below what
 # float32 can show.
 SMALLEST_ALPHA = 2.0**-12
+KEPT_LEVELS = 4096
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,33 @@ class NoisePath(ABC):
         return level.sigma
 
     def level(self, t: float) -> Level:
-        """The level at one time."""
-        if t == self.t_zero:
-            return Level(float(t), 1.0, 0.0, *self._rates(torch.tensor(t, dtype=torch.float64)))
-        time = torch.tensor(t, dtype=torch.float64)
-        return Level(float(t), float(self.alpha(time)), float(self.sigma(time)), *self._rates(time))
+        """The level at one time; kept, because every batch of a generation visits the same ones."""
+        if t not in self._visited:
+            if len(self._visited) >= KEPT_LEVELS:
+                self._visited.clear()
+            time = torch.tensor(t, dtype=torch.float64)
+            shares = (1.0, 0.0) if t == self.t_zero else (float(self.alpha(time)), float(self.sigma(time)))
+            self._visited[t] = Level(float(t), *shares, *self._rates(time))
+        return self._visited[t]
+
+    @functools.cached_property
+    def _visited(self) -> dict[float, Level]:
+        return {}
+
+    @functools.cached_property
+    def _times(self) -> dict[float, float]:
+        return {}
 
     def _rates(self, time: Tensor) -> tuple[float, float]:
         return float(self.alpha_rate(time)), float(self.sigma_rate(time))
 
     def level_at_lam(self, lam: float) -> Level:
         """The level whose λ is ``lam``."""
-        return self.level(float(self.t_of_lam(torch.tensor(lam, dtype=torch.float64))))
+        if lam not in self._times:
+            if len(self._times) >= KEPT_LEVELS:
+                self._times.clear()
+            self._times[lam] = float(self.t_of_lam(torch.tensor(lam, dtype=torch.float64)))
+        return self.level(self._times[lam])
 
     def levels(self, t: Tensor, dims: int) -> Level:
         """One level a sample.

@@ -16,7 +16,7 @@ from lightrail.generation.denoiser import Denoiser, Generated
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["image_grid", "is_images", "sample_figures", "save_picture", "scatter"]
+__all__ = ["image_grid", "is_images", "observed_figures", "sample_figures", "save_picture", "scatter"]
 
 SHOWN_AT_MOST = 144
 SMALLEST_SIDE = 48  # pixels on the page; smaller images are enlarged by a whole factor
@@ -91,6 +91,17 @@ def sample_figures(denoiser: Denoiser, generated: Generated) -> dict[str, Figure
         label = (generated.condition or {}).get("label")
         return {"samples": scatter(samples, label), **figures}
     return figures
+
+
+def observed_figures(generated: Generated) -> dict[str, Figure]:
+    """What was measured, and of what, where that are images."""
+    observed = generated.observed
+    if observed is None or not is_images(generated.samples):
+        return {}
+    shown = {"measured": observed.operator.picture(observed.value)}
+    if observed.truth is not None:
+        shown["truth"] = observed.truth
+    return {name: _framed(image_grid(images)) for name, images in shown.items() if is_images(images)}
 
 
 def _framed(pixels: np.ndarray) -> Figure:

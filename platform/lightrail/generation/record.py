@@ -16,7 +16,24 @@ from lightrail.generation.denoiser import Generated
 if TYPE_CHECKING:
     from lightrail.run.folder import RunFolder
 
-__all__ = ["GenerationRecord", "GenerationResult"]
+__all__ = ["UNGUIDED", "GenerationRecord", "GenerationResult", "Made"]
+
+UNGUIDED = "unguided"  # the folder, in that of a guided generation, of the samples that it is compared with
+
+
+@dataclass(frozen=True)
+class Made:
+    """Samples that are finished, and what they cost.
+
+    Args:
+        generated: All of them.
+        evaluations: How often the network was asked for each.
+        seconds: How long all batches took together.
+    """
+
+    generated: Generated
+    evaluations: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,26 +69,41 @@ class GenerationRecord:
         self._began = began
         self._notes = notes
 
-    def samples(self, generated: Generated, evaluations: int, seconds: float) -> GenerationResult:
+    def samples(self, made: Made, unguided: Made | None = None) -> GenerationResult:
         """Measures and shows samples that are finished.
 
         Args:
-            generated: All of them.
-            evaluations: How often the network was asked for each.
-            seconds: How long all batches took together.
+            made: The samples.
+            unguided: Those of the same numbers without guidance, to compare with.
         """
-        from lightrail.generation.pictures import sample_figures, save_picture
+        from lightrail.generation.pictures import observed_figures, sample_figures, save_picture
 
-        denoiser = self._generation.denoiser
-        is_inverted = self._generation.request["invert"] is not None
-        metrics = {} if is_inverted else denoiser.measure(generated)
+        denoiser, generated = self._generation.denoiser, made.generated
+        metrics = self._measured(generated)
         figures = sample_figures(denoiser, generated)
         picture = save_picture(figures, generated, self._folder.path)
         count = len(generated.samples)
-        measured = {"samples": count, "evaluations": evaluations, "sampling_seconds": round(seconds, 3)}
+        measured: dict[str, Any] = {"samples": count, **_cost(made)}
+        logged = {**metrics, **measured, "samples_per_second": count / made.seconds}
+        if unguided is not None:
+            beside = {"metrics": self._measured(unguided.generated), **_cost(unguided)}
+            measured["unguided"] = beside
+            theirs = sample_figures(denoiser, unguided.generated)
+            figures = _side_by_side(figures, theirs)
+            logged |= {f"{UNGUIDED}/{name}": value for name, value in beside["metrics"].items()}
+        figures |= observed_figures(generated)
         summary = self.write("finished", metrics, figures=figures, **measured)
-        self._log({**metrics, **measured, "samples_per_second": count / seconds}, picture)
+        self._log(logged, picture)
         return GenerationResult(self._folder.path, summary, samples=generated.samples)
+
+    def _measured(self, generated: Generated) -> dict[str, float]:
+        """What the model says of samples, and what each guidance is meant to move."""
+        if self._generation.request["invert"] is not None:
+            return {}
+        found = dict(self._generation.denoiser.measure(generated))
+        for each in self._generation.guidance:
+            found |= each.measure(generated)
+        return {**found, **_restored(generated)}
 
     def texts(self, texts: Sequence[str]) -> GenerationResult:
         """Keeps texts that are finished."""
@@ -117,6 +149,34 @@ class GenerationRecord:
                 log_image("samples", [str(picture)], step=0)
             if callable(close := getattr(logger, "close", None)):
                 close()
+
+
+def _cost(made: Made) -> dict[str, Any]:
+    return {"evaluations": made.evaluations, "sampling_seconds": round(made.seconds, 3)}
+
+
+def _side_by_side(guided: Mapping[str, Any], unguided: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of both, those of one name one after the other."""
+    both: dict[str, Any] = {}
+    for name in (*guided, *(each for each in unguided if each not in guided)):
+        both |= {f"{name}, guided": guided[name]} if name in guided else {}
+        both |= {f"{name}, {UNGUIDED}": unguided[name]} if name in unguided else {}
+    return both
+
+
+def _restored(generated: Generated) -> dict[str, float]:
+    """How near samples are to what was measured of them, and to what was measured."""
+    observed = generated.observed
+    if observed is None:
+        return {}
+    samples = generated.samples.to(observed.value.dtype)
+    found = {"residual": float(observed.residual(samples).square().mean().sqrt())}
+    if observed.truth is not None:
+        squares = (samples - observed.truth).square().flatten(1).mean(1)
+        found["rmse"] = float(squares.mean().sqrt())
+        if samples.ndim == 4:
+            found["psnr"] = float((-10 * squares.clamp(min=1e-10).log10()).mean())
+    return found
 
 
 def _loggers(generation: Generation) -> list[Callable[[str], Any]]:

@@ -86,14 +86,11 @@ class SampleFiles:
             batches.append(Batch(indices, tensors, int(metadata["evaluations"]), float(metadata["seconds"])))
         return batches
 
-    def join(self, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    def join(self, metadata: Mapping[str, str]) -> None:
         """Writes ``samples.safetensors`` from all batches, which are then removed.
 
         Args:
             metadata: What is written into the file beside the tensors.
-
-        Returns:
-            The tensors, one row a sample.
         """
         from safetensors.torch import save_file
 
@@ -105,7 +102,13 @@ class SampleFiles:
         for batch in batches:
             self._path(batch.indices).unlink(missing_ok=True)
         self.batches.rmdir()
-        return tensors
+
+    def finished(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of ``samples.safetensors``, one row a sample, and what stands beside them."""
+        from safetensors import safe_open
+
+        with safe_open(self.samples, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_samples(path: Path) -> dict[str, Tensor]:

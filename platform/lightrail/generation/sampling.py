@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError
-from lightrail.generation.denoiser import Condition, Denoiser
+from lightrail.generation.denoiser import Condition, Denoiser, mapped_condition
 from lightrail.generation.evaluator import Evaluator
 from lightrail.generation.guidance import Guidance
+from lightrail.generation.measurement import Observed
 from lightrail.generation.noise import Noise
 from lightrail.generation.sampler import Sampler, SamplerWrapper, State
 from lightrail.generation.time_grid import Grid
@@ -47,6 +49,7 @@ def sample(
     seed: int = 0,
     condition: Condition | None = None,
     guidance: Sequence[Guidance] = (),
+    observed: Observed | None = None,
     start: Tensor | None = None,
     after_step: Callable[[State], State] | None = None,
 ) -> Sampled:
@@ -60,6 +63,7 @@ def sample(
         seed: Of the whole generation.
         condition: What steers them, one row each.
         guidance: What else does, in order.
+        observed: What was measured of the samples that are sought, one row each.
         start: Where to start, ``[B, *shape]`` at ``grid[0]``; drawn where it is not given.
         after_step: Sees the state after each step and may change it.
 
@@ -72,21 +76,48 @@ def sample(
         (8, 2)
     """
     noise = Noise(seed, indices, denoiser.shape, denoiser.dtype, denoiser.device)
-    x = denoiser.start(noise, grid[0]) if start is None else start
-    evaluator = Evaluator(denoiser, condition, guidance, grid, noise)
+    x = begin = denoiser.start(noise, grid[0]) if start is None else start
+    _check_population(guidance, indices)
+    candidates = math.prod(each.candidates for each in guidance)
+    if candidates > 1:
+
+        def widened(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(candidates, 0)
+
+        begin, condition = widened(x), mapped_condition(condition, widened)
+        observed = None if observed is None else observed.map(widened)
+        rows = [index * candidates + j for index in indices for j in range(candidates)]
+        noise = Noise(seed, rows, denoiser.shape, denoiser.dtype, denoiser.device)
+    evaluator = Evaluator(denoiser, condition, guidance, grid, noise, observed)
 
     def after(state: State) -> State:
         state = evaluator.after_step(state) if guidance else state
         return state if after_step is None else after_step(state)
 
-    def once(begin: Tensor) -> State:
+    def once(states: Tensor) -> State:
         evaluator.begin()
-        return sampler.solve(sampler.start(begin, noise, grid), evaluator, grid, after)
+        return sampler.solve(sampler.start(states, noise, grid), evaluator, grid, after)
 
     run: Callable[[Tensor], State] = once
-    for each in reversed(guidance):
-        run = partial(each.around, run)
-    return Sampled(run(x).x, x, evaluator.evaluations)
+    for number, each in reversed(list(enumerate(guidance))):
+        run = partial(_around, each, evaluator, number, run)
+    return Sampled(run(begin).x[::candidates], x, evaluator.evaluations * candidates)
+
+
+def _around(each: Guidance, evaluator: Evaluator, number: int, run: Callable[[Tensor], State], start: Tensor) -> State:
+    return each.around(run, start, evaluator.before(number, start))
+
+
+def _check_population(guidance: Sequence[Guidance], indices: Sequence[int]) -> None:
+    for each in guidance:
+        size = each.population
+        if len(indices) % size or any(i // size != indices[0] // size + n // size for n, i in enumerate(indices)):
+            raise CompositionError(
+                f"the samples that {type(each).__name__} draws together are not together",
+                found=f"{len(indices)} samples from number {indices[0]}",
+                allowed=f"whole populations of {size}, one after the other",
+                remedy=f"Draw a multiple of {size} samples, or make the populations smaller.",
+            )
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class ResultTable:
         """The table: a heading, then a row for each thing measured, with a column for each stage that has a value."""
         rows = by_base(self.summary)
         given = {stage for values in rows.values() for stage in values}
-        stages = [stage for stage in ("train", "val", "test", "") if stage in given]
+        stages = [stage for stage in ("train", "val", "test", "guided", "unguided", "") if stage in given]
         table = [[base, *(number(row[s]) if s in row else "" for s in stages)] for base, row in rows.items()]
         return [["", *stages], *table] if table else []
 

@@ -8,9 +8,19 @@ from collections.abc import Mapping
 
 __all__ = ["by_base", "duration", "number", "size", "stage_and_base", "title"]
 
-STAGES = ("test", "val", "train")
+STAGES = ("test", "val", "train", "guided", "unguided")
 _STAGE = re.compile(r"(train|val|valid|validation|test)[_/.](.+)")
-_ACRONYMS = {"auc": "AUC", "auroc": "AUROC", "f1": "F1", "lr": "Learning rate", "mae": "MAE", "mse": "MSE", "r2": "R²"}
+_ACRONYMS = {
+    "auc": "AUC",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "kid": "KID",
+    "lr": "Learning rate",
+    "mae": "MAE",
+    "mse": "MSE",
+    "psnr": "PSNR",
+    "r2": "R²",
+}
 
 
 def stage_and_base(name: str) -> tuple[str, str]:
@@ -119,6 +129,11 @@ def by_base(summary: Mapping[str, object]) -> dict[str, dict[str, float]]:
         if name not in ("epoch", "step"):
             stage, base = stage_and_base(name)
             table.setdefault(base, {})[stage] = value
+    beside = summary.get("unguided")
+    if isinstance(beside, Mapping):
+        table = {base: {"guided": next(iter(values.values()))} for base, values in table.items()}
+        for name, value in beside.get("metrics", {}).items():
+            table.setdefault(name, {})["unguided"] = value
     first = (monitored(summary), "loss")
     return dict(sorted(table.items(), key=lambda item: first.index(item[0]) if item[0] in first else len(first)))
 

@@ -45,6 +45,7 @@ class TaskDenoiser(Denoiser):
         self.gives = task.gives
         self.classes = task.classes
         self.sampler_name = task.sampler_name
+        self.network = task.model
         weight = next(task.model.parameters(), torch.empty(0))
         self.dtype, self.device = weight.dtype, weight.device
         self.data: LightningDataModule | None = None
@@ -153,6 +154,19 @@ class TaskDenoiser(Denoiser):
         data.prepare_data()
         data.setup("fit")
         return data
+
+    def examples(self, count: int) -> Tensor:
+        """Data of validation, else of training where there are none."""
+        if self.data is None:
+            return super().examples(count)
+        data = self._ready_data()
+        loader = data.val_dataloader() or data.train_dataloader()
+        found: list[Tensor] = []
+        for batch in loader:
+            found.append(inputs_of(batch))
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)[:count]
 
     @torch.no_grad()
     def moments(self) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from lightrail.options import at_least, between, one_of, positive
 from lightrail.traits import Traits
 from lightrail_generation.samplers.exponential import adams_weights, carried, phi
 
-__all__ = ["SOLVER_TYPES", "DPMSolver", "levels_between", "orders_within", "single_step", "stage_weights"]
+__all__ = ["SOLVER_TYPES", "DPMSolver", "fast_grid", "levels_between", "orders_within", "single_step", "stage_weights"]
 
 SOLVER_TYPES = ("midpoint", "taylor")
 # r_1, r_2: where between two levels the network is asked, in shares of the step in λ.
@@ -126,6 +126,37 @@ def orders_within(evaluations: int, steps: int, order: int, *, ends_clean: bool)
     return orders + last
 
 
+def fast_grid(path: NoisePath, times: TimeGrid, evaluations: int, order: int) -> Grid:
+    """The grid whose steps, of the orders of :func:`orders_within`, use exactly so many evaluations.
+
+    Args:
+        path: The noise path.
+        times: The spacing that was chosen.
+        evaluations: At least 1.
+        order: The highest, 1 to 3.
+
+    Raises:
+        ConfigurationError: There are too few evaluations for the spacing.
+    """
+
+    def outer(free: int) -> int:
+        # Order 3 always ends with a lower one, as the paper has it; order 2 only where the evaluations are odd.
+        return free // 3 + 1 if order == 3 else -(-free // order)
+
+    grid = times.grid(path, outer(evaluations), finite=True)
+    if evaluations == grid.denoises_last:
+        raise ConfigurationError(
+            "there are too few evaluations",
+            found=f"sampler.steps={evaluations} with time_grid.end=denoise",
+            allowed="at least 2",
+            remedy="Set sampler.steps=2 or more.",
+        )
+    wanted = outer(evaluations - grid.denoises_last)
+    if grid[-1].is_clean:
+        wanted = 1 + -(-(evaluations - 1) // order)
+    return grid if wanted == grid.steps else times.grid(path, wanted, finite=True)
+
+
 class DPMSolver(Sampler):
     """Solves the probability flow by exponential Runge–Kutta steps in λ = log(α/σ) on the predicted noise.
 
@@ -212,31 +243,13 @@ class DPMSolver(Sampler):
 
     def grid(self, path: NoisePath, times: TimeGrid) -> Grid:
         if self.variant == "fast":
-            return self._fast_grid(path, times)
+            return fast_grid(path, times, self.steps, self.order)
         grid = times.grid(path, self.steps, finite=True)
         if self.variant == "adaptive" and grid[-1].is_clean and grid[-2].t > path.t_min:
             # Its one step of order 1, to the data, must not be a long one.
             levels = (*grid.levels[:-1], path.level(path.t_min), grid[-1])
             return dataclasses.replace(grid, levels=levels)
         return grid
-
-    def _fast_grid(self, path: NoisePath, times: TimeGrid) -> Grid:
-        grid = times.grid(path, self._outer(self.steps), finite=True)
-        if self.steps == grid.denoises_last:
-            raise ConfigurationError(
-                "there are too few evaluations",
-                found=f"sampler.steps={self.steps} with time_grid.end=denoise",
-                allowed="at least 2",
-                remedy="Set sampler.steps=2 or more.",
-            )
-        wanted = self._outer(self.steps - grid.denoises_last)
-        if grid[-1].is_clean:
-            wanted = 1 + -(-(self.steps - 1) // self.order)
-        return grid if wanted == grid.steps else times.grid(path, wanted, finite=True)
-
-    def _outer(self, evaluations: int) -> int:
-        # Order 3 always ends with a lower one, as the paper has it; order 2 only where the evaluations are odd.
-        return evaluations // 3 + 1 if self.order == 3 else -(-evaluations // 2)
 
     def orders(self, grid: Grid) -> list[int]:
         """The order of each step."""

@@ -10,10 +10,16 @@ from typing import Any, ClassVar
 import torch
 
 from lightrail.errors import ConfigurationError
-from lightrail.generation import Grid, Level, Predict, Prediction, Sampler, State, weighted_sum
+from lightrail.generation import Grid, Level, NoisePath, Predict, Prediction, Sampler, State, TimeGrid, weighted_sum
 from lightrail.options import at_least, between, one_of
 from lightrail.traits import Traits
-from lightrail_generation.samplers.dpm_solver import SOLVER_TYPES, levels_between, single_step
+from lightrail_generation.samplers.dpm_solver import (
+    SOLVER_TYPES,
+    fast_grid,
+    levels_between,
+    orders_within,
+    single_step,
+)
 from lightrail_generation.samplers.exponential import adams_weights, divided_difference, phi
 
 __all__ = ["DPMSolverPP", "final_order", "multistep_weights", "stochastic_weights", "thresholded"]
@@ -120,9 +126,11 @@ class DPMSolverPP(Sampler):
     returns the predicted data.
 
     Args:
-        steps: At least 1; each one evaluation for ``multistep``, ``order`` evaluations for ``single``.
+        steps: At least 1; each one evaluation for ``multistep``, ``order`` evaluations for ``single``; for ``fast`` the
+            evaluations, exactly.
         order: 1, 2 or 3.
-        variant: ``multistep`` keeps earlier predictions; ``single`` asks the network within the step.
+        variant: ``multistep`` keeps earlier predictions; ``single`` asks the network within the step; ``fast`` does
+            so too, with lower orders at the end so that the evaluations come out.
         solver_type: Of order 2: ``midpoint``, above, or ``taylor``, which is exact for data linear in λ.
         stochastic: Solves the reverse diffusion with fresh noise instead; multistep of order 1 or 2.
         third_order: Of multistep order 3: ``exact`` interpolates by a parabola; ``compat`` takes half of its second
@@ -132,7 +140,7 @@ class DPMSolverPP(Sampler):
             paper; ``None`` for no clamping. For images in [−1, 1] only.
 
     Raises:
-        ConfigurationError: An option is out of range, or ``stochastic`` meets ``single`` or order 3.
+        ConfigurationError: An option is out of range, or ``stochastic`` meets ``single``, ``fast`` or order 3.
 
     Deviations:
         The published code of order 3 halves the second derivative and is of order 2; ``exact`` mends that, ``compat``
@@ -166,7 +174,7 @@ class DPMSolverPP(Sampler):
         """The stochastic form has no order of a deterministic solver; the published third order is the second."""
         if options.get("stochastic"):
             return dataclasses.replace(DPMSolverPP.traits, is_stochastic=True, order=None)
-        is_compat = options.get("third_order") == "compat" and options.get("variant") != "single"
+        is_compat = options.get("third_order") == "compat" and options.get("variant", "multistep") == "multistep"
         order = int(options.get("order", 2))
         return dataclasses.replace(DPMSolverPP.traits, order=min(order, 2) if is_compat else order)
 
@@ -184,12 +192,12 @@ class DPMSolverPP(Sampler):
         super().__init__(steps)
         at_least(1, order=order)
         between(1, 3, closed="both", order=order)
-        one_of(("multistep", "single"), variant=variant)
+        one_of(("multistep", "single", "fast"), variant=variant)
         one_of(SOLVER_TYPES, solver_type=solver_type)
         one_of(("exact", "compat"), third_order=third_order)
         if dynamic_threshold is not None:
             between(0, 1, closed="right", dynamic_threshold=dynamic_threshold)
-        if stochastic and (order == 3 or variant == "single"):
+        if stochastic and (order == 3 or variant != "multistep"):
             raise ConfigurationError(
                 "the stochastic solver has no such form",
                 found=f"stochastic=true, order={order}, variant={variant}",
@@ -204,6 +212,9 @@ class DPMSolverPP(Sampler):
         self.lower_order_final = lower_order_final
         self.dynamic_threshold = dynamic_threshold
 
+    def grid(self, path: NoisePath, times: TimeGrid) -> Grid:
+        return fast_grid(path, times, self.steps, self.order) if self.variant == "fast" else super().grid(path, times)
+
     def evaluations(self, grid: Grid) -> int | None:
         if self.variant == "multistep":
             return super().evaluations(grid)
@@ -212,7 +223,7 @@ class DPMSolverPP(Sampler):
     def step(self, state: State, predict: Predict, grid: Grid) -> State:
         here, there = grid[state.index], grid[state.index + 1]
         order = self._final_order(state.index, grid)
-        if self.variant == "single":
+        if self.variant != "multistep":
             levels = levels_between(grid.path, here, there, order)
             asked = self._asked(predict)
             return state.next(single_step(state.x, asked, levels, order, "data", self.solver_type))
@@ -231,6 +242,9 @@ class DPMSolverPP(Sampler):
         return state.next(weighted_sum((carry, x), *data, *noise), history=kept)
 
     def _final_order(self, index: int, grid: Grid) -> int:
+        if self.variant == "fast":
+            free = self.steps - grid.denoises_last
+            return orders_within(free, grid.steps, self.order, ends_clean=grid[-1].is_clean)[index]
         return final_order(self.order, index, grid, lowers=self.lower_order_final)
 
     def _asked(self, predict: Predict) -> Predict:

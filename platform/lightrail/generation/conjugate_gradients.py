@@ -1,0 +1,61 @@
+"""Linear equations of every sample of a batch at once, known by what their matrix does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["conjugate_gradients"]
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor], right: Tensor, start: Tensor | None = None, steps: int = 50, tol: float = 1e-8
+) -> Tensor:
+    """Solves M x = b for a symmetric, positive semidefinite M, each sample with step lengths of its own.
+
+    Args:
+        operator: M, on ``[B, …]``.
+        right: b, in the range of M.
+        start: Where to start, ``[B, …]``; 0 where it is not given.
+        steps: At most how many, at least 0.
+        tol: A sample whose residual is this much smaller than b is done.
+
+    Returns:
+        x, ``[B, …]``; one that started outside the range of M keeps what M does not see.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 4.0, 9.0])
+        >>> conjugate_gradients(lambda x: scale * x, torch.ones(1, 3)).tolist()
+        [[1.0, 0.25, 0.1111111119389534]]
+
+    Reference:
+        M. R. Hestenes and E. Stiefel (1952), Methods of Conjugate Gradients for Solving Linear Systems.
+    """
+    x = torch.zeros_like(right) if start is None else start.clone()
+    residual = right - operator(x) if start is not None else right.clone()
+    direction, squares = residual, _dots(residual, residual)
+    enough = (tol**2) * _dots(right, right).clamp(min=torch.finfo(right.dtype).tiny)
+    for _ in range(steps):
+        going = squares > enough
+        if not bool(going.any()):
+            break
+        moved = operator(direction)
+        curvature = _dots(direction, moved)
+        # A sample that is done, or whose direction M does not see, stays as it is.
+        length = torch.where(going & (curvature > 0), squares / curvature.where(curvature > 0, 1.0), 0.0)
+        x = x + _rows(length, x) * direction
+        residual = residual - _rows(length, x) * moved
+        now = _dots(residual, residual)
+        direction = residual + _rows(torch.where(going, now / squares.where(squares > 0, 1.0), 0.0), x) * direction
+        squares = now
+    return x
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
