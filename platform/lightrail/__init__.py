@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightrail.generation.text import TokenSampler
     from lightrail.run import Result, Run, compose
     from lightrail.step import Batching, Closure, CombinedOptimizer, Extent, Portion, Transform, TransformedOptimizer
-    from lightrail.traits import Claim, Peer, Traits
+    from lightrail.traits import Claim, Peer, SamplingClaim, Traits
 
 __all__ = [
     "Batching",
@@ -36,6 +36,7 @@ __all__ = [
     "Run",
     "Sampler",
     "SamplerWrapper",
+    "SamplingClaim",
     "Search",
     "TimeGrid",
     "TokenSampler",
@@ -64,6 +65,7 @@ _HOMES = {
     "Run": "lightrail.run",
     "Sampler": "lightrail.generation",
     "SamplerWrapper": "lightrail.generation",
+    "SamplingClaim": "lightrail.traits",
     "Search": "lightrail.generation.search",
     "TimeGrid": "lightrail.generation",
     "TokenSampler": "lightrail.generation.text",

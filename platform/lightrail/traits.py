@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Claim", "Peer", "Traits", "traits_of"]
+__all__ = ["Claim", "Peer", "SamplingClaim", "Traits", "traits_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,32 @@ class Claim:
     options: Mapping[str, Any] = field(default_factory=dict)
     baseline_options: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool | None = None
+
+
+@dataclass(frozen=True)
+class SamplingClaim:
+    """What a paper promises of samples, so that it can be measured by drawing some.
+
+    Args:
+        sentence: The promise, in one line.
+        metric: What is compared: a metric of a generation, or its ``evaluations`` or ``sampling_seconds``.
+        overrides: The generation that the promise is about, as typed after ``generate``; ``{NAME}`` stands for a run
+            of ``trained``.
+        baseline: The generation that it is compared with; ``None`` for the same without guidance.
+        is_higher_better: Whether more of the metric keeps the promise.
+        ratio: How much more, or less: the promise is kept where metric ≥ ratio · baseline (≤ where less is better).
+        target: Where the metric should be; then what is compared is the distance from it, and less is better.
+        trained: The runs that it needs, by name, each as typed after ``train``.
+    """
+
+    sentence: str
+    metric: str
+    overrides: tuple[str, ...]
+    baseline: tuple[str, ...] | None = None
+    is_higher_better: bool = True
+    ratio: float = 1.0
+    target: float | None = None
+    trained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ class Traits:
         exceptions: Conformance checks that it does not pass, each with the reason.
         peers: The same method elsewhere, for ``lightrail bench optimizers``.
         claim: What its paper promises, for ``lightrail bench claims``.
+        sampling_claims: What its paper promises of samples, for the same.
         verified: What of its paper's claims was measured here, one sentence each.
     """
 
@@ -123,6 +150,7 @@ class Traits:
     exceptions: Mapping[str, str] = field(default_factory=dict)
     peers: tuple[Peer, ...] = ()
     claim: Claim | None = None
+    sampling_claims: tuple[SamplingClaim, ...] = ()
     verified: tuple[str, ...] = ()
 
     @property

@@ -27,8 +27,9 @@ def conjugate_gradients(
 
     Example:
         >>> scale = torch.tensor([1.0, 4.0, 9.0])
-        >>> conjugate_gradients(lambda x: scale * x, torch.ones(1, 3)).tolist()
-        [[1.0, 0.25, 0.1111111119389534]]
+        >>> x = conjugate_gradients(lambda x: scale * x, torch.ones(1, 3))
+        >>> bool(torch.allclose(scale * x, torch.ones(1, 3)))
+        True
 
     Reference:
         M. R. Hestenes and E. Stiefel (1952), Methods of Conjugate Gradients for Solving Linear Systems.

@@ -1,0 +1,1 @@
+"""Guidance of samplers, by the place where each acts."""

@@ -1,0 +1,1 @@
+"""Linear operators of inverse problems."""
