@@ -37,7 +37,21 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line.partition(" #")[0].strip() for text in blocks("bash") for line in text.splitlines()]
+    """Those that stand alone; each is run in a folder of its own."""
+    return [line for block in blocks("bash") if not is_story(block) for line in lines_of(block)]
+
+
+def stories() -> list[list[str]]:
+    """Blocks in which one line samples what another has trained; they are run in order, in one folder."""
+    return [lines_of(block) for block in blocks("bash") if is_story(block)]
+
+
+def is_story(block: str) -> bool:
+    return "generate run=latest" in block
+
+
+def lines_of(block: str) -> list[str]:
+    lines = [line.partition(" #")[0].strip() for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("./scripts/")]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightrail.errors import CompositionError, DataError, Interrupted
 from lightrail.generation.composed import Generation, compose_generation, device_of
-from lightrail.generation.denoiser import Generated
+from lightrail.generation.denoiser import Condition, Generated
 from lightrail.generation.observing import Observations
 from lightrail.generation.sample_files import Batch, SampleFiles, read_samples
 from lightrail.generation.sampler import State
@@ -91,6 +91,18 @@ def _observations(generation: Generation) -> Observations:
     return Observations(generation.measurement, generation.denoiser, generation.request, count, seed=generation.seed)
 
 
+def _condition(generation: Generation, numbers: Sequence[int]) -> Condition | None:
+    """What was asked for; of what is sought behind a measurement the class is not known, and none is told."""
+    denoiser, request = generation.denoiser, generation.request
+    condition = denoiser.condition(request, numbers)
+    if generation.measurement is None or request["label"] is not None or request["prompt"] is not None:
+        return condition
+    try:
+        return denoiser.unconditional(condition)
+    except CompositionError:  # a model that was never trained without its classes
+        return condition
+
+
 def _numbers(generation: Generation, indices: Sequence[int]) -> list[int]:
     """What steers these samples, by number: those that are drawn together share it."""
     return [index // generation.population for index in indices]
@@ -146,7 +158,7 @@ def _make(
             return
         began = time.monotonic()
         numbers = _numbers(generation, indices)
-        condition = denoiser.condition(generation.request, numbers)
+        condition = _condition(generation, numbers)
         if given is None:
             made = sample(
                 denoiser,

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from lightrail.testing.batching import BatchingSuite
     from lightrail.testing.data import DataSuite
     from lightrail.testing.denoiser import DenoiserSuite
+    from lightrail.testing.guidance import GuidanceSuite
     from lightrail.testing.installed import Case, installed_cases
+    from lightrail.testing.measurement import MeasurementSuite
     from lightrail.testing.model import ModelSuite
     from lightrail.testing.optimizer import OptimizerSuite
     from lightrail.testing.sampler import SamplerSuite
@@ -31,6 +33,8 @@ __all__ = [
     "Case",
     "DataSuite",
     "DenoiserSuite",
+    "GuidanceSuite",
+    "MeasurementSuite",
     "ModelSuite",
     "NonConformance",
     "NotApplicable",
@@ -52,6 +56,8 @@ _HOMES = {
     "Case": "installed",
     "DataSuite": "data",
     "DenoiserSuite": "denoiser",
+    "GuidanceSuite": "guidance",
+    "MeasurementSuite": "measurement",
     "ModelSuite": "model",
     "NonConformance": "suite",
     "NotApplicable": "suite",

@@ -27,6 +27,8 @@ SUITES = {
     "sampler_wrapper": "lightrail.testing.sampler_wrapper:SamplerWrapperSuite",
     "time_grid": "lightrail.testing.time_grid:TimeGridSuite",
     "search": "lightrail.testing.search:SearchSuite",
+    "guidance": "lightrail.testing.guidance:GuidanceSuite",
+    "measurement": "lightrail.testing.measurement:MeasurementSuite",
 }
 
 

@@ -22,6 +22,8 @@ from lightrail.bench.claims.outcome import Trial
 from lightrail.bench.claims.pairs import pair
 from lightrail.bench.claims.problem import CountedClosure, Problem, RunProblem, TaskProblem
 from lightrail.bench.claims.record import Measured, read_record, write_record
+from lightrail.bench.claims.sampling import measure_claims
+from lightrail.bench.claims.sampling_document import SamplingDocument
 from lightrail.catalogue import available, load
 from lightrail.errors import PluginError, UserError
 from lightrail.options import at_least, one_of
@@ -29,7 +31,8 @@ from lightrail.traits import Claim, traits_of
 
 __all__ = ["CountedClosure", "Problem", "RunProblem", "TaskProblem", "add_arguments", "measure"]
 
-_KINDS = ("optimizer", "transform", "callback", "batching")
+_OF_SAMPLES = ("guidance", "sampler", "sampler_wrapper")
+_KINDS = ("optimizer", "transform", "callback", "batching", *_OF_SAMPLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trials at a time")
 
 
-def measure(options: argparse.Namespace) -> Document:
+def measure(options: argparse.Namespace) -> Document | SamplingDocument:
     """Measures what is not yet in the folder's record, and makes the document of all that is.
 
     Args:
@@ -52,6 +55,8 @@ def measure(options: argparse.Namespace) -> Document:
     one_of(_KINDS, kind=options.kind)
     at_least(1, trials=options.trials, seeds=options.seeds, processes=options.processes)
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.kind in _OF_SAMPLES:
+        return _measure_samples(options)
     path = options.folder / f"{options.kind}.json"
     record = read_record(path)
     wanted = {each.key: each for each in _wanted(options.kind, options.only)}
@@ -75,6 +80,15 @@ def measure(options: argparse.Namespace) -> Document:
     if not options.only:
         write_record(path, found)
     document = Document(options.kind, found, options.trials, options.seeds)
+    document.write(options.folder)
+    if options.cards is not None:
+        document.write_cards(options.cards)
+    return document
+
+
+def _measure_samples(options: argparse.Namespace) -> SamplingDocument:
+    found = measure_claims(options.kind, options.only, options.seeds, options.folder)
+    document = SamplingDocument(options.kind, found, options.seeds, options.folder)
     document.write(options.folder)
     if options.cards is not None:
         document.write_cards(options.cards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from lightrail.bench.claims.cards import update_cards
 from lightrail.bench.claims.pairs import pair
 from lightrail.bench.claims.problem import Problem
 from lightrail.bench.claims.record import Measured
@@ -79,7 +79,6 @@ class Document:
 
     def write_cards(self, path: Path) -> None:
         """Writes what each method's card says, by its class; what the file says of other classes stays."""
-        cards: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
         own: dict[str, list[str]] = {}
         for problem, rows in self.rows.items():
             for row in rows:
@@ -87,9 +86,7 @@ class Document:
                     cls = load(self.kind, row.measured.method)
                     sentence = _sentence(problem, row, self.seeds)
                     own.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(sentence)
-        text = json.dumps(dict(sorted({**cards, **own}.items())), indent=1, ensure_ascii=False)
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n")
+        update_cards(path, own)
 
     def to_dict(self) -> dict[str, object]:
         """Figures as plain values."""
