@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from lightrail.errors import CompositionError
 from lightrail.generation import (
     Denoiser,
     GaussianMixture,
     Guidance,
     LinearVP,
+    Measurement,
     Moment,
+    Observed,
     Prediction,
     Sampler,
     State,
@@ -267,3 +271,87 @@ def test_noise_of_guidance_is_not_the_samplers() -> None:
     drawn([Draws()])
     assert all(not torch.equal(a, b) for a, b in drawn_noise)
     assert not torch.equal(drawn_noise[0][0], drawn_noise[1][0])
+
+
+def test_candidates_are_rows_of_their_own_of_which_the_first_is_kept() -> None:
+    seen: list[State] = []
+
+    class Picks(Guidance):
+        candidates = 3
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            seen.append(state)
+            rows = torch.arange(len(state.x)) // 3 * 3 + 2  # the last of each three
+            return moment.resample(state, rows)
+
+    class Noisy(Euler):
+        def step(self, state, predict, grid):  # type: ignore[no-untyped-def]
+            stepped = super().step(state, predict, grid)
+            return dataclasses.replace(stepped, x=stepped.x + 0.1 * state.normal())
+
+    denoiser = Labelled()
+    found = drawn([Picks()], denoiser, Noisy)
+    assert found.x.shape == (3, 2)
+    assert denoiser.calls == [9] * GRID_STEPS
+    assert found.evaluations == 3 * GRID_STEPS
+    first = seen[0].x.view(3, 3, 2)
+    assert not torch.allclose(first[:, 0], first[:, 1])  # noise of their own
+    assert torch.equal(found.start, drawn([], sampler=Noisy).start)
+    torch.testing.assert_close(found.x, seen[-1].x[2::3])
+    alone = drawn([Picks()], Labelled(), Noisy, {"label": torch.tensor([1])}, [2])
+    torch.testing.assert_close(alone.x[0], found.x[2], rtol=1e-13, atol=1e-13)
+
+
+def test_a_population_is_whole_or_refused() -> None:
+    class Pairs(Guidance):
+        population = 2
+
+    four = {"label": torch.tensor([0, 0, 1, 1])}
+    assert drawn([Pairs()], condition=four, indices=range(2, 6)).x.shape == (4, 2)
+    with pytest.raises(CompositionError, match="not together"):
+        drawn([Pairs()])
+    with pytest.raises(CompositionError, match="not together"):
+        drawn([Pairs()], condition=four, indices=range(1, 5))
+
+
+def test_questions_of_its_own_are_counted_with_as_many_rows_as_they_have() -> None:
+    class Asks(Guidance):
+        def after_step(self, state: State, moment: Moment) -> State:
+            level = moment.grid[state.index]
+            moment.predict(state.x, level, moment.condition)
+            twice = {"label": moment.condition["label"].repeat(2)}  # type: ignore[index]
+            moment.predict(state.x.repeat(2, 1), level, twice)
+            return state
+
+        def around(self, run, start, moment):  # type: ignore[no-untyped-def]
+            moment.predict(start, moment.level, moment.condition)
+            return run(start)
+
+    denoiser = Labelled()
+    found = drawn([Asks()], denoiser)
+    assert found.evaluations == sum(denoiser.calls) / 3 == 4 * GRID_STEPS + 1
+
+
+def test_what_was_measured_reaches_every_hook_with_a_row_a_candidate() -> None:
+    shapes = []
+
+    class Half(Measurement):
+        def apply(self, x: Tensor) -> Tensor:
+            return x[:, :1]
+
+        def adjoint(self, y: Tensor) -> Tensor:
+            return torch.cat([y, 0 * y], 1)
+
+    class Sees(Guidance):
+        candidates = 2
+
+        def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+            assert moment.observed is not None
+            shapes.append(moment.observed.residual(prediction.data).shape)
+            return prediction
+
+    denoiser, solver = Labelled(), Euler(steps=GRID_STEPS)
+    observed = Observed(Half(), torch.zeros(3, 1, dtype=torch.float64))
+    grid = solver.grid(denoiser.path, Uniform())
+    sample(denoiser, solver, grid, range(3), condition=CONDITION, guidance=[Sees()], observed=observed)
+    assert set(shapes) == {(6, 1)}

@@ -74,8 +74,9 @@ def generate(
     except UserError:
         record.write("failed", {})
         raise
-    except Interrupted:
+    except Interrupted as stop:
         record.write("stopped", {})
+        stop.folder = str(folder.path)  # whichever of the samples were being drawn
         raise
 
 

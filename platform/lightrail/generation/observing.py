@@ -105,7 +105,7 @@ def _read_one(file: Path, shape: tuple[int, ...], key: str) -> Tensor:
     )
     try:
         found = read()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(
             f"{key} cannot be read",
             found=f"{file}: {str(error).partition(chr(10))[0]}",

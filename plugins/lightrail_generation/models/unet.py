@@ -24,7 +24,8 @@ class UNet(nn.Module):
     """Residual blocks down to few pixels and up again, each level joined to its twin by a skip connection.
 
     A block is x + conv(silu((1 + s) norm(h) + b)) with h = conv(silu(norm(x))), where the scale s and the shift b come
-    from the time and the label. The last convolution of each block starts at 0, and so does the network.
+    from the time and the label. The last convolution of each block starts at 0, and so does the network. ``blocks``
+    names them in order.
 
     Args:
         in_channels: Channels of an image; known from the data where none is given.
@@ -86,6 +87,15 @@ class UNet(nn.Module):
             before = wide
         self.middle = _Block(before, before, 4 * width, attends[-1], dropout)
         self.leave = nn.Sequential(_norm(width), nn.SiLU(), _zero(nn.Conv2d(width, channels, 3, padding=1)))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of its blocks, down, in the middle and up."""
+        sides = {
+            side: [f"{side}.{i}.blocks.{j}" for i, level in enumerate(levels) for j in range(len(level.blocks))]  # type: ignore[arg-type]
+            for side, levels in (("down", self.down), ("up", self.up))
+        }
+        return (*sides["down"], "middle", *sides["up"])
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """``[B, in_channels, H, W]`` at times ``[B]`` under labels ``[B]`` to ``[B, in_channels, H, W]``."""
