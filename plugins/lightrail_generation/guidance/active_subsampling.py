@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightrail.errors import ConfigurationError
-from lightrail.generation import Generated, Guidance, Measurement, Moment, Prediction, State
-from lightrail.options import at_least, between, non_negative, one_of, positive
+from lightrail.generation import Generated, Measurement, Moment, Prediction, State
+from lightrail.options import at_least, between, one_of, positive
 from lightrail.traits import Traits
+from lightrail_generation.guidance.dps import DPS, norms
 from lightrail_generation.measurements.inpaint import Inpaint
 from lightrail_generation.measurements.mask_fourier import MaskFourier
 
@@ -74,7 +75,7 @@ def groups_of(operator: Measurement, shape: tuple[int, ...], unit: str) -> Tenso
     return torch.unique(places.flatten() % modulus, return_inverse=True)[1]
 
 
-class ActiveSubsampling(Guidance):
+class ActiveSubsampling(DPS):
     """Takes one measurement after another while it samples, each where the particles' predictions disagree most.
 
     a* = argmax_a −Σ_i log Σ_j exp(−|ŷ_i − ŷ_j|²_a/(2σ²)) of those not taken,  ŷ_i = A D(x_i);
@@ -90,19 +91,19 @@ class ActiveSubsampling(Guidance):
             Fourier measurement), or ``column``.
         sigma: σ above 0, in the units of y: about how far apart predictions are that should count as different. The
             paper's is 10 for pixels from 0 to 255.
-        scale: ζ, at least 0, the length of a step toward what was measured; 0 leaves the samples alone.
+        zeta: ζ, at least 0, the length of a step toward what was measured, as for ``dps``; 0 leaves the samples alone.
         start: Of the steps, the share after which measuring begins, in [0, 1).
         stop: The share after which all is measured, above ``start``, at most 1.
         acquisition: ``entropy``, as above, or ``random``, to compare with.
 
     Raises:
         ConfigurationError: An option is out of range.
+        CompositionError: The sampler goes on from earlier states.
 
     Deviations:
         The released code has exp(+…), which grows without bound for particles far apart; the sign here is the
         entropy's. It is ranked by its logarithm, so that it is not 0 for all of them. The step follows the gradient of
-        the norm, not of its square, so that ζ does not depend on the units of y. The history of a multistep sampler is
-        dropped where states are moved.
+        the norm, as that of ``dps`` does, so that its length does not depend on how far the data are off.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, Observed, sample
@@ -111,7 +112,7 @@ class ActiveSubsampling(Guidance):
         >>> operator, mixture, sampler = Inpaint(hidden=[1]), GaussianMixture(), DDIM(steps=20)
         >>> operator.prepare((2,))
         >>> observed = Observed(operator, torch.full((4, 1), 1.5, dtype=torch.float64))
-        >>> guidance = ActiveSubsampling(measurements=1, particles=4)
+        >>> guidance = ActiveSubsampling(measurements=1, particles=4, zeta=0.1)
         >>> grid = sampler.grid(mixture.path, Uniform())
         >>> found = sample(mixture, sampler, grid, range(4), guidance=[guidance], observed=observed)
         >>> bool((found.x[:, 0] - 1.5).abs().mean() < 0.5)
@@ -126,9 +127,8 @@ class ActiveSubsampling(Guidance):
         rule="a* = argmax_a −Σ_i log Σ_j exp(−|ŷ_i − ŷ_j|²_a/(2σ²)), x ← x − ζ ∇ ‖M (y − A D)‖",
         paper="O. Nolan, T. S. W. Stevens, W. L. van Nierop, R. J. G. van Sloun, 2024, Active Diffusion Subsampling, "
         "arXiv 2406.14388",
-        example={"measurements": 1, "particles": 4},
+        example={"measurements": 1, "particles": 4, "zeta": 0.1},
     )
-    needs_measurement = True
 
     def __init__(
         self,
@@ -136,17 +136,17 @@ class ActiveSubsampling(Guidance):
         particles: int = 16,
         unit: str = "pixel",
         sigma: float = 0.04,
-        scale: float = 1.0,
+        zeta: float = 1.0,
         start: float = 0.0,
         stop: float = 0.8,
         acquisition: str = "entropy",
     ) -> None:
+        super().__init__(zeta)
         at_least(1, measurements=measurements)
         at_least(2, particles=particles)
         one_of(UNITS, unit=unit)
         one_of(ACQUISITIONS, acquisition=acquisition)
         positive(sigma=sigma)
-        non_negative(scale=scale)
         between(0, 1, start=start)
         between(0, 1, closed="right", stop=stop)
         if not start < stop:
@@ -160,17 +160,13 @@ class ActiveSubsampling(Guidance):
         self.population = particles
         self.unit = unit
         self.sigma = sigma
-        self.scale = scale
         self.start = start
         self.stop = stop
         self.acquisition = acquisition
-        self.needs_gradient = scale > 0
 
     def after_step(self, state: State, moment: Moment) -> State:
         assert moment.prediction is not None
         assert moment.observed is not None
-        if self.scale == 0:
-            return state
         observed, decode = moment.observed, moment.denoiser.decode
         groups = groups_of(observed.operator, tuple(observed.value.shape[1:]), self.unit).to(state.x.device)
         taken = self._taken(moment, groups)
@@ -180,10 +176,11 @@ class ActiveSubsampling(Guidance):
         mask = taken[:, groups]
 
         def misfit(prediction: Prediction) -> Tensor:
-            return (observed.residual(decode(prediction.data)).flatten(1) * mask).norm(dim=1)
+            return norms(observed.residual(decode(prediction.data)).flatten(1) * mask)
 
         _, gradient = moment.gradient(misfit)
-        return dataclasses.replace(state, x=state.x - self.scale * gradient.to(state.x.dtype), history=())
+        x = state.x - self.zeta * gradient
+        return dataclasses.replace(state, x=x.to(state.x.dtype))
 
     def _taken(self, moment: Moment, groups: Tensor) -> Tensor:
         """Which measurements are taken, one row a sample and the same for all of a population, ``[B, U]``."""

@@ -17,8 +17,9 @@ from lightrail.traits import Traits
 from lightrail_generation.guidance.classifier import labels_of
 from lightrail_generation.guidance.judges import Classifier, LoadRun
 from lightrail_generation.samplers.dmcmc import DMCMC
+from lightrail_generation.samplers.pndm import FPNDM, PLMS
 
-__all__ = ["AdvDiff", "refuse_levels_apart", "runner_up"]
+__all__ = ["AdvDiff", "refuse_unmovable", "runner_up"]
 
 
 def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
@@ -35,20 +36,22 @@ def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
-def refuse_levels_apart(sampler: Sampler, name: str) -> None:
-    """Refuses a sampler whose states are not at the levels of its grid.
+def refuse_unmovable(sampler: Sampler, name: str) -> None:
+    """Refuses a sampler that cannot go on where its states are moved between steps.
 
     Raises:
-        CompositionError: It is one.
+        CompositionError: Its states each have a level of their own, or it starts with a Runge-Kutta step, and would
+            take one after every move.
     """
     while isinstance(sampler, SamplerWrapper):
         sampler = sampler.sampler
-    if isinstance(sampler, DMCMC):
+    starts_slowly = isinstance(sampler, FPNDM) or (isinstance(sampler, PLMS) and sampler.warmup != "adams")
+    if isinstance(sampler, DMCMC) or starts_slowly:
         raise CompositionError(
-            f"{name} moves states between steps, and this sampler's are each at a level of their own",
+            f"{name} moves states between steps, and this sampler cannot go on from there",
             found=f"sampler {type(sampler).__name__}",
-            allowed="a sampler whose samples share the levels of its grid",
-            remedy="Choose +sampler=ddim or +sampler=dpm_solver_pp.",
+            allowed="a sampler whose samples share a level, and whose first step is like any other",
+            remedy="Choose +sampler=ddim, +sampler=dpm_solver_pp or +sampler=plms.",
         )
 
 
@@ -74,7 +77,8 @@ class AdvDiff(Guidance):
 
     Raises:
         ConfigurationError: An option is out of range, or the classifier is not clear.
-        CompositionError: No class is known, the classifier knows only one, or the sampler's states lie apart.
+        CompositionError: No class is known, the classifier knows only one, or the sampler cannot go on from a moved
+            state.
         PluginError: What the classifier answers is not finite, or not one row a sample.
 
     Deviations:
@@ -127,7 +131,7 @@ class AdvDiff(Guidance):
         self.share = share
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        refuse_levels_apart(sampler, "AdvDiff")
+        refuse_unmovable(sampler, "AdvDiff")
         if not denoiser.classes and self.label is None:
             labels_of(None, 0, None, "AdvDiff")
 
@@ -150,7 +154,7 @@ class AdvDiff(Guidance):
                 break
             x_t = x_t + self.start_scale * gradient
             state = run(x_t)
-            found = torch.where(is_done.view(-1, *[1] * (found.ndim - 1)), found, state.x)
+            found = state.x
         return dataclasses.replace(state, x=found)
 
     def _push(self, x: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:

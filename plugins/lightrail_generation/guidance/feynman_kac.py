@@ -14,7 +14,6 @@ from lightrail.generation import (
     Denoiser,
     Generated,
     Guidance,
-    Level,
     Moment,
     Prediction,
     Sampler,
@@ -24,45 +23,16 @@ from lightrail.generation import (
 from lightrail.generation.guidance import Run
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.traits import Traits
+from lightrail_generation.guidance.fresh_noise import solves_reverse_diffusion
 from lightrail_generation.guidance.judges import LoadRun, Reward, denoiser_of_run
-from lightrail_generation.guidance.resampling import effective_sample_size, inner_sampler, systematic_resampling
-from lightrail_generation.samplers.ddim import DDIM
-from lightrail_generation.samplers.ddpm import DDPM
-from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
-from lightrail_generation.samplers.si_sde import SISDE
+from lightrail_generation.guidance.path_weights import annealing_rate, cfg_rate, lambda_step, product_rate
+from lightrail_generation.guidance.resampling import effective_sample_size, systematic_resampling
 
-__all__ = ["FeynmanKac", "annealing_rate", "cfg_rate", "lambda_step", "product_rate"]
+__all__ = ["FeynmanKac"]
 
 TARGETS = ("annealing", "cfg", "product", "reward")
 # Final samples of more dimensions have too many moments to be read.
 MOST_DIMENSIONS = 4
-
-
-def lambda_step(here: Level, there: Level) -> float:
-    """Δλ, the length of a step for weights: (1 − e^{−2h})/2 with h = λ_t − λ_s.
-
-    It is what ∫ dλ |ε|² gives where the score stays as it is over the step, and finite for the step to the data.
-    """
-    return -math.expm1(-2 * (there.lam - here.lam)) / 2
-
-
-def annealing_rate(noise: Tensor, beta: float) -> Tensor:
-    """d log w/dλ = β (β − 1) |ε|² of q^β, ``[B]`` in float64."""
-    return beta * (beta - 1) * _dots(noise, noise)
-
-
-def cfg_rate(uncond: Tensor, cond: Tensor, beta: float) -> Tensor:
-    """d log w/dλ = β (β − 1) |ε_u − ε_c|² of q_u^{1−β} q_c^β, ``[B]`` in float64."""
-    return beta * (beta - 1) * _dots(uncond - cond, uncond - cond)
-
-
-def product_rate(first: Tensor, second: Tensor) -> Tensor:
-    """d log w/dλ = 2 ⟨ε_1, ε_2⟩ of q_1 q_2, ``[B]`` in float64."""
-    return 2 * _dots(first, second)
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).flatten(1).sum(1)
 
 
 class FeynmanKac(Guidance):
@@ -82,7 +52,7 @@ class FeynmanKac(Guidance):
 
     Where the weights of a population have grown uneven, its particles are drawn again in proportion to them, and once
     more at the end: the samples then count alike. They share a population, so they are not independent, and some are
-    copies of one another.
+    copies of one another. Weights are right as steps get finer: ``ddpm`` with ``variance=large`` needs the fewest.
 
     Args:
         target: ``annealing``, ``cfg``, ``product`` or ``reward``.
@@ -155,6 +125,7 @@ class FeynmanKac(Guidance):
             positive(beta=beta)
         elif target == "cfg":
             non_negative(beta=beta)
+        between(-math.inf, math.inf, closed="neither", beta=beta)
         _check_needs(target, run, other, function)
         self.target = target
         self.beta = beta
@@ -167,7 +138,7 @@ class FeynmanKac(Guidance):
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
         is_wrapped = isinstance(sampler, SamplerWrapper) and self.target != "reward"
-        if is_wrapped or not _solves_reverse_diffusion(inner_sampler(sampler)):
+        if is_wrapped or not solves_reverse_diffusion(sampler):
             raise CompositionError(
                 f"feynman_kac cannot weigh the samples of {type(sampler).__name__}",
                 found=f"{type(sampler).__name__} under its options",
@@ -292,16 +263,6 @@ class FeynmanKac(Guidance):
                 suffix = "" if flat.shape[1] == 1 else f"_{number}"
                 found[f"mean{suffix}"], found[f"variance{suffix}"] = float(mean), float(variance)
         return found
-
-
-def _solves_reverse_diffusion(sampler: Sampler) -> bool:
-    """Whether it follows the score of what it is told, with fresh noise that leaves that distribution as it is."""
-    return (
-        isinstance(sampler, DDPM)
-        or (isinstance(sampler, DDIM) and sampler.eta == 1)
-        or (isinstance(sampler, DPMSolverPP) and sampler.stochastic)
-        or (isinstance(sampler, SISDE) and sampler.epsilon > 0)
-    )
 
 
 def _check_needs(target: str, run: str | None, other: Denoiser | None, function: Any) -> None:

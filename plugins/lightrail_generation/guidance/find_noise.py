@@ -17,6 +17,9 @@ from lightrail_generation.guidance.starting_noise import refuse_other_noise
 
 __all__ = ["Calibration", "FindNoise", "Policy", "clipped_step"]
 
+# Of an action that was bad and became likelier the ratio is not clipped; beyond this it would overflow.
+LARGEST_LOG_RATIO = 20.0
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -93,9 +96,8 @@ def clipped_step(
         (0.1, 0.0)
     """
     logs = policy.log_ratio(actions, old).flatten(2)
-    ratio = (logs.mean(2) if per_element else logs.sum(2)).exp()
+    ratio = (logs.mean(2) if per_element else logs.sum(2)).clamp(max=LARGEST_LOG_RATIO).exp()
     is_clipped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
-    # A ratio that overflowed is clipped too; 0 times it would be no number.
     weights = torch.where(is_clipped, 0.0, advantages * ratio).view(*ratio.shape, *[1] * (actions.ndim - 2))
     offsets = actions - policy.mean
     spread = (offsets / policy.log_std.exp()).square() - 1

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
-from lightrail.generation import Sampler, SamplerWrapper
-from lightrail.traits import traits_of
-
-__all__ = ["draws_noise", "effective_sample_size", "inner_sampler", "systematic_resampling"]
+__all__ = ["effective_sample_size", "systematic_resampling"]
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -56,18 +51,3 @@ def systematic_resampling(log_weights: Tensor, uniform: Tensor) -> Tensor:
     places = torch.arange(count, dtype=torch.float64, device=log_weights.device)
     wanted = (places + uniform.double().to(log_weights.device)[..., None]) / count
     return torch.searchsorted(sums.contiguous(), wanted.contiguous(), right=True).clamp(max=count - 1)
-
-
-def inner_sampler(sampler: Sampler) -> Sampler:
-    """The sampler within its wrappers."""
-    while isinstance(sampler, SamplerWrapper):
-        sampler = sampler.sampler
-    return sampler
-
-
-def draws_noise(sampler: Sampler) -> bool:
-    """Whether two runs from the same state may part, under the options that the sampler was built with."""
-    sampler = inner_sampler(sampler)
-    names = inspect.signature(type(sampler)).parameters
-    options = {name: getattr(sampler, name) for name in names if hasattr(sampler, name)}
-    return traits_of(type(sampler), options).is_stochastic

@@ -220,7 +220,7 @@ def test_rescaling_brings_the_deviation_of_each_sample_back(dit):
     torch.testing.assert_close(rescaled(guided, cond, 1.0), cond)
     factors = 0.7 / torch.tensor([2.0, 5.0, 0.5]).double() + 0.3
     torch.testing.assert_close(rescaled(guided, cond, 0.7), guided * factors[:, None, None])
-    x, level, c, s, _ = parts(dit, ["blocks.1"])
+    x, level, c, _, _ = parts(dit, ["blocks.1"])
     found = one_evaluation(dit, [STG(scale=2.0, rescale=1.0)], x, level)
     assert dit.form == "velocity"
     torch.testing.assert_close(found.velocity.flatten(1).std(1), c.velocity.flatten(1).std(1))
