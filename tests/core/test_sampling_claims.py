@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,12 @@ def test_claims_are_measured_judged_and_written(tmp_path: Path, monkeypatch: pyt
     assert sentences[0].startswith("moves the mean up: reproduces (mean ")
     # What is measured is not measured again; what could not be is tried.
     tried: list[int] = []
-    monkeypatch.setattr(sampling, "_measured", lambda each, *_: tried.append(each.number) or each)
+
+    def measured(each: Sampled, *_: Any) -> Sampled:
+        tried.append(each.number)
+        return dataclasses.replace(each, refused="still not there")
+
+    monkeypatch.setattr(sampling, "_measured", measured)
     again: Any = measure(options(tmp_path, only=["shift"]))
     assert tried == [4]
     assert again.to_dict()["guidance/shift/0"] == document.to_dict()["guidance/shift/0"]

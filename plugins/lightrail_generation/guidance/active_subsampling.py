@@ -112,7 +112,7 @@ class ActiveSubsampling(DPS):
         >>> operator, mixture, sampler = Inpaint(hidden=[1]), GaussianMixture(), DDIM(steps=20)
         >>> operator.prepare((2,))
         >>> observed = Observed(operator, torch.full((4, 1), 1.5, dtype=torch.float64))
-        >>> guidance = ActiveSubsampling(measurements=1, particles=4, zeta=0.1)
+        >>> guidance = ActiveSubsampling(measurements=1, particles=4, zeta=0.3)
         >>> grid = sampler.grid(mixture.path, Uniform())
         >>> found = sample(mixture, sampler, grid, range(4), guidance=[guidance], observed=observed)
         >>> bool((found.x[:, 0] - 1.5).abs().mean() < 0.5)
@@ -127,7 +127,7 @@ class ActiveSubsampling(DPS):
         rule="a* = argmax_a −Σ_i log Σ_j exp(−|ŷ_i − ŷ_j|²_a/(2σ²)), x ← x − ζ ∇ ‖M (y − A D)‖",
         paper="O. Nolan, T. S. W. Stevens, W. L. van Nierop, R. J. G. van Sloun, 2024, Active Diffusion Subsampling, "
         "arXiv 2406.14388",
-        example={"measurements": 1, "particles": 4, "zeta": 0.1},
+        example={"measurements": 1, "particles": 4, "zeta": 0.3},
     )
 
     def __init__(

@@ -154,7 +154,7 @@ class AdvDiff(Guidance):
                 break
             x_t = x_t + self.start_scale * gradient
             state = run(x_t)
-            found = state.x
+            found = torch.where(is_done.view(-1, *[1] * (found.ndim - 1)), found, state.x)
         return dataclasses.replace(state, x=found)
 
     def _push(self, x: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:

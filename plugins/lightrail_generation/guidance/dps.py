@@ -67,7 +67,7 @@ def refuse_fixed_states(guidance: Guidance, sampler: Sampler) -> None:
     if isinstance(solver, BDIA) or looks_back or (isinstance(solver, DPMSolverV3) and solver.corrector):
         remedy = "Set sampler.corrector=false, or choose" if isinstance(solver, DPMSolverV3) else "Choose"
         raise CompositionError(
-            f"{type(guidance).__name__} moves states after a step, and {type(solver).__name__} goes on from earlier ones",
+            f"{type(guidance).__name__} moves states after a step; {type(solver).__name__} goes on from earlier ones",
             found=f"sampler={type(solver).__name__}",
             allowed="a sampler that steps from its newest state: ddim, ddpm, dpm_solver_pp, unipc, edm_heun, …",
             remedy=f"{remedy} another sampler, such as ddim.",
@@ -95,8 +95,9 @@ class DPS(Guidance):
         published code. There, the norm is taken over the whole batch, so that a sample depends on its neighbours.
         A multistep sampler keeps its earlier predictions.
 
-        It does not sample the posterior. With data from N(0, 1), y = x + 0.5 z = 1 and 200 DDPM steps the posterior
-        is N(0.80, 0.20); ζ = 0.03 gives about mean 0.71 and variance 0.29, ζ = 0.1 mean 0.95 and variance 0.03.
+        It does not sample the posterior. With data from N(0, 1), y = x + 0.5 z = 1 and 200 steps of DDIM in uniform
+        times the posterior is N(0.80, 0.20); ζ = 0.02 gives mean 0.82 and variance 0.16, ζ = 0.1 draws all samples to
+        y, with mean 1.00 and variance 0.003.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, Observed, sample

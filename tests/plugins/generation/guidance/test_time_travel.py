@@ -115,12 +115,11 @@ def test_the_state_goes_back_without_what_was_carried_along():
 
 
 def test_the_distribution_stays_that_of_the_model():
-    plain = drawn([], DDPM(40), indices=range(1500)).x
-    for sampler in (DDPM(40), DDIM(40)):
-        found = drawn([TimeTravel(repeats=2, length=2, start=0.3, stop=0.7)], sampler, indices=range(1500)).x
-        torch.testing.assert_close(found.mean(0), plain.mean(0), atol=0.12, rtol=0)
-        torch.testing.assert_close(found.T.cov(), plain.T.cov(), atol=0.12, rtol=0)
-        assert (found - plain).abs().max() > 0.1
+    plain = drawn([], DDIM(30), indices=range(500)).x
+    found = drawn([TimeTravel(repeats=2, length=2, start=0.3, stop=0.7)], DDIM(30), indices=range(500)).x
+    torch.testing.assert_close(found.mean(0), plain.mean(0), atol=0.2, rtol=0)
+    torch.testing.assert_close(found.T.cov(), plain.T.cov(), atol=0.2, rtol=0)
+    assert (found - plain).abs().max() > 0.1
 
 
 def test_a_sampler_that_draws_noise_draws_other_numbers_each_time():
@@ -137,7 +136,7 @@ def test_a_sampler_that_draws_noise_draws_other_numbers_each_time():
 
 def test_the_variance_is_that_of_noise_that_is_all_fresh():
     # Of a standard normal model D = α x, so that a step is x' = a x + s z and variances follow by hand.
-    normal = GaussianMixture(means=[[0.0]], weights=[1.0], variances=[1.0])
+    normal = GaussianMixture(means=[[0.0] * 50], weights=[1.0], variances=[1.0])
     sampler = DDIM(6, eta=1.0)
     grid = sampler.grid(normal.path, Uniform(end="minimum"))
     variance = 1.0
@@ -150,7 +149,7 @@ def test_the_variance_is_that_of_noise_that_is_all_fresh():
             if repetition < 4:
                 variance = ratio**2 * variance + here.sigma**2 - ratio**2 * there.sigma**2
     travel = TimeTravel(repeats=4, length=1, start=0.0, stop=1.0)
-    found = drawn([travel], sampler, normal, range(8000), end="minimum")
+    found = drawn([travel], sampler, normal, range(160), end="minimum")
     assert variance < 0.9
     assert found.x.var().item() == pytest.approx(variance, rel=0.05)
 
