@@ -19,8 +19,9 @@ from lightrail.generation.artefact import SMALL, Artefact, path_key
 from lightrail.generation.composed import compose_generation
 from lightrail.generation.fine_solution import fine_levels, fine_solution
 from lightrail.generation.guidance import Guidance
-from lightrail.generation.noise_path import CosineVP, KarrasVE, LinearFlow, LinearVP, NoisePath, TableVP
+from lightrail.generation.noise_path import KarrasVE, LinearFlow, NoisePath
 from lightrail.generation.search import SearchProblem, sliced_wasserstein
+from lightrail.generation.variance_preserving import CosineVP, LinearVP, TableVP
 from lightrail.traits import Traits
 
 TIMES = {"linear": [1.0, 0.6, 0.3, 0.1, 0.0], "flow": [1.0, 0.7, 0.4, 0.1, 0.0], "edm": [80.0, 9.0, 1.0, 0.1, 0.0]}

@@ -7,20 +7,12 @@ from lightrail.generation.gaussian_mixture import GaussianMixture
 from lightrail.generation.guidance import Guidance, Moment
 from lightrail.generation.measurement import Measurement, Observed, StateMeasurement
 from lightrail.generation.noise import Noise
-from lightrail.generation.noise_path import (
-    CosineVP,
-    KarrasVE,
-    Level,
-    LinearFlow,
-    LinearVP,
-    NoisePath,
-    TableVP,
-    VariancePreserving,
-)
+from lightrail.generation.noise_path import KarrasVE, Level, LinearFlow, NoisePath
 from lightrail.generation.prediction import Prediction
 from lightrail.generation.sampler import Predict, Sampler, SamplerWrapper, State, weighted_sum
 from lightrail.generation.sampling import Sampled, check_fit, invert, sample
 from lightrail.generation.time_grid import Grid, TimeGrid
+from lightrail.generation.variance_preserving import CosineVP, LinearVP, TableVP, VariancePreserving
 
 __all__ = [
     "Condition",

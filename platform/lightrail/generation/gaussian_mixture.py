@@ -14,8 +14,9 @@ from torch import Tensor
 from lightrail.errors import ConfigurationError
 from lightrail.generation.denoiser import Condition, Denoiser, Generated
 from lightrail.generation.noise import Noise
-from lightrail.generation.noise_path import CosineVP, KarrasVE, LinearFlow, LinearVP, NoisePath, TableVP
+from lightrail.generation.noise_path import KarrasVE, LinearFlow, NoisePath
 from lightrail.generation.prediction import Prediction
+from lightrail.generation.variance_preserving import CosineVP, LinearVP, TableVP
 from lightrail.options import one_of
 from lightrail.traits import Traits
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightrail.errors import CompositionError
 from lightrail.generation import Grid, Level, NoisePath, Predict, Prediction, Sampler, SamplerWrapper, State
-from lightrail.generation.noise_path import TableVP
+from lightrail.generation.variance_preserving import TableVP
 from lightrail.options import at_least, between, non_negative
 from lightrail.traits import Traits
 
