@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,9 @@ def test_pending_batches_fill_the_gaps_whatever_size_they_had(tmp_path: Path) ->
     files.write(Batch(range(3, 6), {"samples": torch.arange(3, 6).double()}, 4, 0.5))
     assert files.pending(8, 5) == []
     assert [batch.evaluations for batch in files.read()] == [4, 4, 4]
-    joined = files.join({"seed": "1"})
+    files.join({"seed": "1"})
+    joined, metadata = files.finished()
+    assert metadata == {"seed": "1"}
     assert joined["samples"].tolist() == list(range(8))
     assert not files.batches.exists()
 
@@ -244,6 +247,27 @@ def test_text_is_the_same_in_any_batch_and_is_drawn_as_the_sampler_says() -> Non
     p = float(torch.tensor(2.0).exp() / (torch.tensor(2.0).exp() + 9))
     assert abs(float(share) - p) < 0.05
     assert not torch.equal(together, write_text(model, top, model.encode_text("3"), 30, range(40), seed=3))
+
+
+def test_several_prompts_are_gone_through_in_turn() -> None:
+    from types import SimpleNamespace
+
+    from lightrail.catalogue import load
+    from lightrail.generation.text import TextModel, TokenSampler
+    from lightrail.generation.text_run import prompts_of, write_texts
+
+    assert isinstance(Counting(), TextModel)
+    request = {"prompt": ["3", "71", "5"], "count": 7, "length": 4, "batch_size": 2}
+    sampler: TokenSampler = load("sampler", "temperature")(temperature=1.0)
+    generation: Any = SimpleNamespace(model=Counting(), sampler=sampler, request=request, seed=2)
+    assert prompts_of(generation) == ["3", "71", "5", "3", "71", "5", "3"]
+    together = write_texts(generation, shows=False)
+    for prompt, first in (("3", 0), ("71", 1), ("5", 2)):
+        generation.request = {**request, "prompt": prompt}
+        assert together[first::3] == write_texts(generation, shows=False)[first::3]
+    # What is watched is what is not.
+    generation.request = request
+    assert write_texts(generation, shows=True) == together
 
 
 def test_a_stream_writes_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,13 @@ def test_a_measurement_without_guidance_and_guidance_without_one_are_refused(tmp
 
 
 def test_an_option_of_the_measurement_from_the_command_line(tmp_path: Any) -> None:
-    words = [*WORDS, f"run.root={tmp_path}", "+guidance=[dds]", "generate.measurement=inpaint", "generate.compare=false"]
+    words = [
+        *WORDS,
+        f"run.root={tmp_path}",
+        "+guidance=[dds]",
+        "generate.measurement=inpaint",
+        "generate.compare=false",
+    ]
     np.save(tmp_path / "y.npy", np.array([[0.25]]))
     found = generate(
         [*words, "generate.measurement.hidden=[0]", f"generate.observed={tmp_path / 'y.npy'}"], show_progress=False

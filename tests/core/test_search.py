@@ -357,7 +357,7 @@ def test_help_and_the_whole_configuration(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert "lightrail search NAME" in out
-    assert "autodiffusion, dc_ratios, ems, usf" in out
+    assert "autodiffusion, dc_ratios, ems, optimal_boundary, usf" in out
     status, out, _ = run(capsys, "autodiffusion", *WORDS, "--cfg")
     assert status == 0
     assert "AutoDiffusion" in out

@@ -54,6 +54,12 @@ def _is_devices(value: Any) -> bool:
     return accepts({"is": "int"}, value) and (value >= 1 or value == -1)
 
 
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, str) for each in value)
+    return value is None or isinstance(value, str)
+
+
 def _is_label(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(accepts({"is": "int"}, each) and each >= 0 for each in value)
@@ -71,7 +77,7 @@ GENERATION: Mapping[str, OwnKey] = {
     "generate.count": _whole(1),
     "generate.batch_size": _whole(1),
     "generate.label": OwnKey(_is_label, "a class from 0, a list of classes, or null"),
-    "generate.prompt": _text(null=True),
+    "generate.prompt": OwnKey(_is_prompt, "a text, a list of texts, or null"),
     "generate.length": _whole(1),
     "generate.image": _text(null=True),
     "generate.observed": _text(null=True),

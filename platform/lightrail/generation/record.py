@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightrail.generation.composed import Generation
 from lightrail.generation.denoiser import Generated
+from lightrail.generation.text_run import prompts_of
 
 if TYPE_CHECKING:
     from lightrail.run.folder import RunFolder
@@ -107,10 +109,10 @@ class GenerationRecord:
 
     def texts(self, texts: Sequence[str]) -> GenerationResult:
         """Keeps texts that are finished."""
-        prompt = self._generation.request["prompt"] or ""
-        content = {"prompt": prompt, "texts": list(texts)}
+        prompts = prompts_of(self._generation)
+        content = {"prompts": prompts, "texts": list(texts)}
         self._folder.write_json(self._folder.path / "texts.json", content)
-        self._folder.write_text(self._folder.path / "texts.txt", "\n\n".join(prompt + text for text in texts) + "\n")
+        self._folder.write_text(self._folder.path / "texts.txt", "\n\n".join(map(add, prompts, texts)) + "\n")
         seconds = time.monotonic() - self._began
         tokens = len(texts) * int(self._generation.request["length"])
         summary = self.write("finished", {}, samples=len(texts), tokens=tokens, sampling_seconds=round(seconds, 3))

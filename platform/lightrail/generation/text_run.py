@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,14 @@ from lightrail.generation.text import TextModel, TokenSampler, write_text
 if TYPE_CHECKING:
     from lightrail.generation.composed import Generation
 
-__all__ = ["write_texts"]
+__all__ = ["prompts_of", "write_texts"]
+
+
+def prompts_of(generation: Generation) -> list[str]:
+    """The prompt of each text: of several that were asked for, they are gone through in turn."""
+    wanted = generation.request["prompt"]
+    prompts = [wanted or ""] if wanted is None or isinstance(wanted, str) else list(wanted)
+    return [prompts[i % len(prompts)] for i in range(int(generation.request["count"]))]
 
 
 def write_texts(generation: Generation, shows: bool) -> list[str]:
@@ -30,19 +38,17 @@ def write_texts(generation: Generation, shows: bool) -> list[str]:
     assert isinstance(model, TextModel)
     assert isinstance(sampler, TokenSampler)
     request = generation.request
-    prompt_text = request["prompt"] or ""
-    prompt = model.encode_text(prompt_text).to(getattr(model, "device", "cpu"))
-    count, length = int(request["count"]), int(request["length"])
+    prompts, length = prompts_of(generation), int(request["length"])
     # What is watched comes one text after the other; what is not, a batch at a time. The texts are the same.
     size = 1 if shows else int(request["batch_size"])
-    texts = []
-    for first in range(0, count, size):
-        indices = range(first, min(first + size, count))
-        stream = _Stream(model, prompt_text, is_first=first == 0) if shows else None
+    texts = [""] * len(prompts)
+    for indices in _batches(prompts, size):
+        prompt = prompts[indices[0]]
+        stream = _Stream(model, prompt, is_first=indices[0] == 0) if shows else None
         added = write_text(
             model,
             sampler,
-            prompt,
+            model.encode_text(prompt).to(getattr(model, "device", "cpu")),
             length,
             indices,
             seed=generation.seed,
@@ -50,8 +56,18 @@ def write_texts(generation: Generation, shows: bool) -> list[str]:
         )
         if stream is not None:
             stream.end()
-        texts += [model.decode_text(tokens.cpu()) for tokens in added]
+        for index, tokens in zip(indices, added, strict=True):
+            texts[index] = model.decode_text(tokens.cpu())
     return texts
+
+
+def _batches(prompts: Sequence[str], size: int) -> list[list[int]]:
+    """The texts that are written together, by number: those of one prompt, in the order of their first ones."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(index)
+    batches = [of[i : i + size] for of in by_prompt.values() for i in range(0, len(of), size)]
+    return sorted(batches, key=lambda indices: indices[0])
 
 
 class _Stream:

@@ -61,8 +61,10 @@ def texts(record: RunRecord) -> str:
         content = json.loads((record.folder / "texts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    prompt = escape(str(content.get("prompt", "")))
-    return "".join(f'<pre class="text"><b>{prompt}</b>{escape(str(text))}</pre>' for text in content.get("texts", ()))
+    written = zip(content.get("prompts", ()), content.get("texts", ()), strict=False)
+    return "".join(
+        f'<pre class="text"><b>{escape(str(prompt))}</b>{escape(str(text))}</pre>' for prompt, text in written
+    )
 
 
 def composition(record: RunRecord) -> str:

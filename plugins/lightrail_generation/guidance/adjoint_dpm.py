@@ -11,7 +11,7 @@ from torch import Tensor
 from lightrail.errors import PluginError
 from lightrail.generation import Denoiser, Generated, Guidance, Level, Moment, Sampler, State
 from lightrail.options import at_least, non_negative, one_of
-from lightrail.traits import Traits
+from lightrail.traits import SamplingClaim, Traits
 from lightrail_generation.guidance.adjoint_equation import METHODS, adjoint_gradient, knots_of, opaque, solved
 from lightrail_generation.guidance.judges import Reward
 from lightrail_generation.guidance.starting_noise import near_shell, refuse_other_noise, refuse_stochastic
@@ -74,6 +74,20 @@ class AdjointDPM(Guidance):
         "Gradient Backpropagation of Diffusion Probabilistic Models, arXiv 2307.10711",
         needs_predictions=("noise",),
         example={"function": "torch.trapezoid", "iterations": 2, "steps": 8},
+        sampling_claims=(
+            SamplingClaim(
+                "samples from the optimised starting noise have a higher reward than those from the noise as drawn",
+                metric="reward",
+                # The mean of the two coordinates.
+                overrides=(
+                    "denoiser=gaussian_mixture",
+                    "+sampler=dpm_solver_pp",
+                    "+guidance=[adjoint_dpm]",
+                    "guidance.adjoint_dpm.function=torch.trapezoid",
+                    "generate.count=64",
+                ),
+            ),
+        ),
     )
 
     def __init__(

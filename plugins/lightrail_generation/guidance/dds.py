@@ -22,7 +22,7 @@ from lightrail.generation import (
     conjugate_gradients,
 )
 from lightrail.options import at_least, positive
-from lightrail.traits import SamplingClaim, Traits, traits_of
+from lightrail.traits import Traits, traits_of
 from lightrail_generation.guidance.dps import refuse_fixed_states, solver_of
 from lightrail_generation.samplers.ddim import DDIM
 from lightrail_generation.samplers.ddpm import DDPM

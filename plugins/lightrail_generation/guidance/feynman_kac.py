@@ -152,7 +152,8 @@ class FeynmanKac(Guidance):
 
     def evaluate(self, name: str, moment: Moment) -> Prediction:
         assert self.other is not None
-        return self.other.predict(moment.x, moment.level, moment.condition if self.other.classes else None)
+        knows_it = self.other.classes == moment.denoiser.classes
+        return self.other.predict(moment.x, moment.level, moment.condition if knows_it else None)
 
     def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
         cond = named["cond"]
@@ -242,6 +243,14 @@ class FeynmanKac(Guidance):
                 found="samples without a label or a prompt",
                 allowed="a conditional model with a condition",
                 remedy="Set generate.label or generate.prompt, or another guidance.feynman_kac.target.",
+            )
+        ours, theirs = moment.denoiser.classes, 0 if self.other is None else self.other.classes
+        if moment.condition is not None and theirs not in (0, ours):
+            raise CompositionError(
+                "the two models of a product do not know the same classes",
+                found=f"{theirs} classes, and {ours} of the model that is guided",
+                allowed="as many classes, or none",
+                remedy="Leave generate.label out, or choose another run.",
             )
         if self.target in ("annealing", "product") and moment.grid[0].alpha == 0:
             raise CompositionError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail.generation import Denoiser, Generated, Guidance, Moment, Sampler, State
 from lightrail.options import at_least, between, non_negative
-from lightrail.traits import Traits
+from lightrail.traits import SamplingClaim, Traits
 from lightrail_generation.guidance.judges import Reward
 from lightrail_generation.guidance.starting_noise import refuse_other_noise
 
@@ -190,6 +190,20 @@ class FindNoise(Guidance):
         is_stochastic=True,
         needs_predictions=("noise",),
         example={"function": "torch.trapezoid", "particles": 2, "iterations": 2},
+        sampling_claims=(
+            SamplingClaim(
+                "samples from the learned noise have a higher reward than those from standard normal noise",
+                metric="reward",
+                # The mean of the two coordinates.
+                overrides=(
+                    "denoiser=gaussian_mixture",
+                    "+sampler=dpm_solver_pp",
+                    "+guidance=[find_noise]",
+                    "guidance.find_noise.function=torch.trapezoid",
+                    "generate.count=64",
+                ),
+            ),
+        ),
     )
 
     def __init__(

@@ -146,7 +146,7 @@ class RegionalEta(Guidance):
         z = moment.normal(FIRST_DRAW + calls)
         share = self.eta * self._mask_of(moment.denoiser) * _fresh(moment.level, there)
         x = (state.x.double() + there.sigma * turned(prediction.noise, z, share)).to(state.x.dtype)
-        history = tuple(_with_noise_turned(each, z, share) for each in state.history)
+        history = state.history
         return dataclasses.replace(state, x=x, history=history)
 
     def _mask_of(self, denoiser: Denoiser) -> Tensor:

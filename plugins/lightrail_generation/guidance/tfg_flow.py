@@ -89,9 +89,9 @@ class TFGFlow(Guidance):
 
     Before each step, ``iterations`` times x ← x + ρ c(∇_x f(D(x))); then ``iterations`` times D ← D + μ c(∇_D f(D)).
 
-    f is the mean of the reward over data D + γ σ ε with fresh noise, and c shortens a gradient whose entries have a root
-    mean square above ``clip``. A solver then goes on with the moved states and data; on a flow with Euler's method that
-    is the velocity (x − D)/t of the method. It works on any noise path.
+    f is the mean of the reward over data D + γ σ ε with fresh noise, and c shortens a gradient whose entries have a
+    root mean square above ``clip``. A solver then goes on with the moved states and data; on a flow with Euler's
+    method that is the method's velocity (x − D)/t. It works on any noise path.
 
     This steers the continuous part of a model. The discrete part of the method is here too, as functions of tokens
     (:func:`candidate_weights`, :func:`weighted_rates`, :func:`next_tokens`), which no model of lightrail uses yet.
@@ -132,7 +132,7 @@ class TFGFlow(Guidance):
 
     Reference:
         H. Lin, S. Li, H. Ye, Y. Yang, S. Ermon, Y. Liang and J. Ma (2025), TFG-Flow: Training-free Guidance in
-        Multimodal Generative Flow.
+        Multimodal Generative Flow, International Conference on Learning Representations.
     """
 
     traits: ClassVar[Traits] = Traits(

@@ -11,9 +11,20 @@ import torch
 
 from lightrail.catalogue import available, load
 from lightrail.errors import CompositionError, ConfigurationError, DataError, UserError
-from lightrail.generation import Denoiser, Evaluator, GaussianMixture, Guidance, LinearVP, Noise, Sampler, sample
+from lightrail.generation import (
+    Denoiser,
+    Evaluator,
+    GaussianMixture,
+    Guidance,
+    LinearVP,
+    Moment,
+    Noise,
+    Sampler,
+    sample,
+)
 from lightrail.traits import traits_of
 from lightrail_generation.guidance.regional_eta import FIRST_DRAW, RegionalEta, box_mask, turned
+from lightrail_generation.guidance.time_travel import TimeTravel
 from lightrail_generation.samplers.bdia import BDIA
 from lightrail_generation.samplers.ddim import DDIM
 from lightrail_generation.samplers.ddpm import DDPM
@@ -131,13 +142,13 @@ def test_without_eta_it_is_the_run_alone_and_it_never_asks_the_network(sampler):
 
 
 @pytest.mark.parametrize(
-    "sampler", [DPMSolverPP(60), UniPC(60), DEIS(60), FPNDM(60), EDMHeun(60)], ids=lambda each: type(each).__name__
+    "sampler", [DPMSolverPP(120), UniPC(120), DEIS(120), FPNDM(120), EDMHeun(120)], ids=lambda each: type(each).__name__
 )
 def test_the_distribution_stays_with_samplers_of_higher_order(sampler):
-    # Of independent pixels N(0, ¼): the flow keeps their variance, and so does the stochastic process.
-    found = drawn([RegionalEta(eta=1.0)], sampler, Images(10, 15), range(12)).x
-    assert found.var().item() == pytest.approx(0.25, rel=0.1)
-    assert drawn([], sampler, Images(10, 15), range(12)).x.var().item() == pytest.approx(0.25, rel=0.1)
+    # The flow keeps the variance of the pixels, and so does the stochastic process, to first order in the step.
+    plain, found = (drawn(each, sampler, Images(10, 15), range(12)).x.var().item() for each in ([], [RegionalEta(1.0)]))
+    assert plain == pytest.approx(0.25, rel=0.05)
+    assert found == pytest.approx(plain, rel=0.1)
 
 
 def test_kept_predictions_see_the_new_noise_behind_the_same_data():
@@ -160,27 +171,20 @@ def test_kept_predictions_see_the_new_noise_behind_the_same_data():
     torch.testing.assert_close(after.x - before.x, grid[2].sigma * (new.noise - old.noise), rtol=1e-9, atol=1e-9)
 
 
-def test_a_step_that_is_taken_again_gets_other_noise():
-    from lightrail_generation.guidance.time_travel import TimeTravel
+def test_a_step_that_is_taken_again_gets_other_noise(monkeypatch):
+    asked, original = [], Moment.normal
 
-    seen = []
+    def seen(moment, draw=0):
+        asked.append((moment.index, draw))
+        return original(moment, draw)
 
-    class Sees(Guidance):
-        def after_step(self, state, moment):
-            seen.append(state.x - last.pop() if last else None)
-            return state
-
-    class Before(Guidance):
-        def after_step(self, state, moment):
-            last.append(state.x)
-            return state
-
-    last = []
-    chain = [Before(), RegionalEta(eta=1.0), Sees(), TimeTravel(repeats=1, start=0.5, stop=0.75)]
-    assert drawn(chain, DDIM(4)).evaluations == 5
-    assert len(seen) == 5
-    moves = [each for each in seen if each.abs().max() > 0]
-    assert len({round(float(each[0, 0]), 12) for each in moves}) == len(moves) == 4
+    monkeypatch.setattr(Moment, "normal", seen)
+    chain = [RegionalEta(eta=1.0), TimeTravel(repeats=2, start=0.5, stop=0.75)]
+    assert drawn(chain, DDIM(4)).evaluations == 6
+    assert [index for index, _ in asked] == [0, 1, 2, 2, 2, 2, 2]  # nothing is drawn for the last step
+    assert len(set(asked)) == 7
+    # Those of the step that will be taken again are left alone by what comes behind.
+    assert drawn(chain[::-1], DDIM(4)).evaluations == 6
 
 
 def test_a_sample_does_not_depend_on_its_batch():
