@@ -132,6 +132,17 @@ def test_conjugate_gradients_from_a_start_keep_what_the_matrix_does_not_see() ->
     assert conjugate_gradients(lambda x: x @ singular, right, start, steps=0).tolist() == [[7.0, 5.0]]
 
 
+def test_conjugate_gradients_in_single_precision_do_not_run_off_where_the_matrix_sees_nothing() -> None:
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    projection = basis[:, :40] @ basis[:, :40].T
+    start = 3 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    right = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)) @ projection
+    found = conjugate_gradients(lambda x: x @ projection, right, start, steps=50)
+    torch.testing.assert_close(found, right + start - start @ projection, rtol=1e-4, atol=1e-4)
+    again = conjugate_gradients(lambda x: x @ projection, right, found, steps=50)
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_measurement_of_states_is_that_of_the_samples() -> None:
     observed = Observed(Mean(), torch.tensor([[0.3], [0.9]]))
     measured = observed.on_states(Images())
@@ -143,7 +154,12 @@ def test_a_measurement_of_states_is_that_of_the_samples() -> None:
     torch.testing.assert_close(measured.apply(measured.pseudo_inverse(y)), y)
 
 
-@pytest.mark.parametrize("denoiser", [Latents(), Smaller()])
+class CubicMixture(GaussianMixture):
+    def decode(self, x: Tensor) -> Tensor:
+        return x + x**3
+
+
+@pytest.mark.parametrize("denoiser", [Latents(), Smaller(), CubicMixture()])
 def test_a_decoder_that_is_not_affine_has_no_measurement_of_states(denoiser: Denoiser) -> None:
     with pytest.raises(CompositionError, match="cannot be carried over to the states") as caught:
         Observed(Mean(), torch.zeros(1, 1)).on_states(denoiser)

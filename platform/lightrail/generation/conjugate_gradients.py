@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["conjugate_gradients"]
 
+# How many units in the last place of a vector's length are no more than rounding.
+ROUNDING = 8
+
 
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor], right: Tensor, start: Tensor | None = None, steps: int = 50, tol: float = 1e-8
@@ -20,7 +23,8 @@ def conjugate_gradients(
         right: b, in the range of M.
         start: Where to start, ``[B, …]``; 0 where it is not given.
         steps: At most how many, at least 0.
-        tol: A sample whose residual is this much smaller than b is done.
+        tol: A sample whose residual is this much smaller than b and M times its start is done; not below what the
+            precision of b can tell from 0.
 
     Returns:
         x, ``[B, …]``; one that started outside the range of M keeps what M does not see.
@@ -35,21 +39,26 @@ def conjugate_gradients(
         M. R. Hestenes and E. Stiefel (1952), Methods of Conjugate Gradients for Solving Linear Systems.
     """
     x = torch.zeros_like(right) if start is None else start.clone()
-    residual = right - operator(x) if start is not None else right.clone()
+    seen = torch.zeros_like(right) if start is None else operator(x)
+    residual = right - seen
     direction, squares = residual, _dots(residual, residual)
-    enough = (tol**2) * _dots(right, right).clamp(min=torch.finfo(right.dtype).tiny)
+    rounding = ROUNDING * torch.finfo(right.dtype).eps
+    enough = max(tol, rounding) ** 2 * (_dots(right, right) + _dots(seen, seen))
+    largest = torch.zeros_like(squares)
     for _ in range(steps):
         going = squares > enough
         if not bool(going.any()):
             break
         moved = operator(direction)
-        curvature = _dots(direction, moved)
-        # A sample that is done, or whose direction M does not see, stays as it is.
-        length = torch.where(going & (curvature > 0), squares / curvature.where(curvature > 0, 1.0), 0.0)
+        curvature, lengths = _dots(direction, moved), _dots(direction, direction)
+        largest = torch.maximum(largest, curvature / lengths.where(lengths > 0, 1.0))
+        # A sample that is done, or whose direction M sees no more of than rounding, stays as it is.
+        going = going & (curvature > rounding * largest * lengths)
+        length = torch.where(going, squares / curvature.where(going, 1.0), 0.0)
         x = x + _rows(length, x) * direction
         residual = residual - _rows(length, x) * moved
-        now = _dots(residual, residual)
-        direction = residual + _rows(torch.where(going, now / squares.where(squares > 0, 1.0), 0.0), x) * direction
+        now = torch.where(going, _dots(residual, residual), 0.0)
+        direction = residual + _rows(torch.where(going, now / squares.where(going, 1.0), 0.0), x) * direction
         squares = now
     return x
 

@@ -139,7 +139,7 @@ class Observed:
         """
         zeros = torch.zeros((1, *denoiser.shape), dtype=denoiser.dtype, device=denoiser.device)
         offset = denoiser.decode(zeros)
-        probe = torch.linspace(-0.5, 0.5, zeros.numel(), dtype=zeros.dtype, device=zeros.device).view_as(zeros)
+        probe = torch.linspace(-1.0, 0.75, zeros.numel(), dtype=zeros.dtype, device=zeros.device).view_as(zeros)
         scale = 2 * (denoiser.decode(zeros + 0.5) - offset) if offset.shape == zeros.shape else offset
         if offset.shape != zeros.shape or not torch.allclose(
             denoiser.decode(probe), scale * probe + offset, rtol=1e-2, atol=1e-3

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightrail.errors import ConfigurationError
 from lightrail.generation import Generated, Measurement, Moment, Prediction, State
 from lightrail.options import at_least, between, one_of, positive
-from lightrail.traits import Traits
+from lightrail.traits import SamplingClaim, Traits
 from lightrail_generation.guidance.dps import DPS, norms
 from lightrail_generation.measurements.inpaint import Inpaint
 from lightrail_generation.measurements.mask_fourier import MaskFourier
@@ -22,6 +22,23 @@ __all__ = ["ActiveSubsampling", "disagreement", "groups_of"]
 
 ACQUISITIONS = ("entropy", "random")
 UNITS = ("pixel", "column")
+# Three entries of ±1, by the toss of a coin each, among others that are always the same; three may be measured.
+_CORNERS = (
+    "denoiser=gaussian_mixture",
+    f"denoiser.means={[[a, b, c, 0.5, -0.5, 0.0, 0.0] for a in (-1.0, 1.0) for b in (-1.0, 1.0) for c in (-1.0, 1.0)]}",
+    f"denoiser.weights={[1.0] * 8}",
+    f"denoiser.variances={[0.01] * 8}",
+    "+sampler=ddim",
+    "sampler.steps=30",
+    "+measurement=inpaint",
+    "measurement.hidden=[6]",
+    "+guidance=[active_subsampling]",
+    "guidance.active_subsampling.measurements=3",
+    "guidance.active_subsampling.particles=8",
+    "guidance.active_subsampling.zeta=0.3",
+    "guidance.active_subsampling.stop=0.4",
+    "generate.count=64",
+)
 
 
 def disagreement(measured: Tensor, groups: Tensor, sigma: float) -> Tensor:
@@ -128,6 +145,15 @@ class ActiveSubsampling(DPS):
         paper="O. Nolan, T. S. W. Stevens, W. L. van Nierop, R. J. G. van Sloun, 2024, Active Diffusion Subsampling, "
         "arXiv 2406.14388",
         example={"measurements": 1, "particles": 4, "zeta": 0.3},
+        sampling_claims=(
+            SamplingClaim(
+                "measurements where particles disagree tell more than as many at random",
+                metric="rmse",
+                overrides=_CORNERS,
+                baseline=(*_CORNERS, "guidance.active_subsampling.acquisition=random"),
+                is_higher_better=False,
+            ),
+        ),
     )
 
     def __init__(

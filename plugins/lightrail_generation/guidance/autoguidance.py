@@ -22,6 +22,8 @@ __all__ = ["Autoguidance", "on_path"]
 def on_path(path: NoisePath, x: Tensor, level: Level) -> tuple[Tensor, Level]:
     """States and their level as they stand on another path: those with the same σ/α, so with the same data behind them.
 
+    A level beyond the ends of the other path is taken for the nearest on it.
+
     Args:
         path: The other path.
         x: The states.
@@ -34,15 +36,22 @@ def on_path(path: NoisePath, x: Tensor, level: Level) -> tuple[Tensor, Level]:
         (2.0, 1.0)
     """
     if isinstance(level.alpha, Tensor):
-        lam = torch.as_tensor(level.lam)
+        lam = torch.as_tensor(level.lam).clamp(*_ends(path))
         there = path.levels(path.t_of_lam(lam).flatten(), lam.ndim)
     else:
         there = path.level(level.t)
         if (there.alpha, there.sigma) == (level.alpha, level.sigma):
             return x, there
-        there = path.level_at_lam(level.lam)
-    # Not α'/α, which is 0/0 where no data are left.
-    return (x * (there.sigma / level.sigma)).to(x.dtype), there
+        lowest, highest = _ends(path)
+        there = path.level_at_lam(min(max(level.lam, lowest), highest))
+    # The shares of data and noise change alike, α'/α = σ'/σ; past an end of the path the larger of the two counts.
+    ratio = (there.alpha**2 + there.sigma**2) / (level.alpha**2 + level.sigma**2)
+    return (x * ratio**0.5).to(x.dtype), there
+
+
+def _ends(path: NoisePath) -> tuple[float, float]:
+    """λ where a network on a path is asked first and last."""
+    return path.level(path.t_max).lam, path.level(path.t_min).lam
 
 
 class Autoguidance(Guidance):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +23,26 @@ from lightrail.generation import (
     conjugate_gradients,
 )
 from lightrail.options import at_least, positive
-from lightrail.traits import Traits, traits_of
+from lightrail.traits import SamplingClaim, Traits, traits_of
 from lightrail_generation.guidance.dps import refuse_fixed_states, solver_of
 from lightrail_generation.samplers.ddim import DDIM
 from lightrail_generation.samplers.ddpm import DDPM
 from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
 
 __all__ = ["DDS", "KeepsNoise", "carried_noise", "consistent_data"]
+
+
+_TRAINED = {"digits": ("experiment=digits_diffusion",)}
+_DIGITS = (
+    "run={digits}",
+    "+sampler=ddim",
+    "sampler.steps=50",
+    "generate.measurement=mask_fourier",
+    "generate.count=64",
+    "generate.compare=false",
+)
+# Of 0.5, 1, 2 and 3, with and without fresh noise, that with the best PSNR.
+_DPS = (*_DIGITS, "+guidance=[dps]", "guidance.dps.zeta=2")
 
 
 def consistent_data(data: Tensor, measured: StateMeasurement, gamma: float, steps: int) -> Tensor:
@@ -62,7 +76,7 @@ def carried_noise(here: Level, there: Level, eta: float) -> Any:
     return there.sigma / here.sigma * (1 - eta**2 * lost) ** 0.5
 
 
-class KeepsNoise(Guidance):
+class KeepsNoise(Guidance, ABC):
     """Corrects the predicted data D to D' and keeps the predicted noise ε, as if the state were α D' + σ ε.
 
     A sampler steps from the state that it has, so that ε would follow: ε' = (x − α D')/σ. What its step carries along
@@ -93,9 +107,9 @@ class KeepsNoise(Guidance):
                 remedy="Set keep_noise=false, or choose another sampler.",
             )
 
+    @abstractmethod
     def corrected(self, data: Tensor, moment: Moment) -> Tensor:
         """D' for the predicted data D, ``[B, …]``."""
-        raise NotImplementedError
 
     def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
         data = self.corrected(prediction.data, moment)
@@ -162,6 +176,24 @@ class DDS(KeepsNoise):
         paper="H. Chung, S. Lee, J. C. Ye, 2024, Decomposed Diffusion Sampler for Accelerating Large-Scale Inverse "
         "Problems, arXiv 2303.05754",
         example={"steps": 5},
+        sampling_claims=(
+            SamplingClaim(
+                sentence="restores a digit of which half the frequencies were measured, with a better PSNR than DPS",
+                metric="psnr",
+                overrides=(*_DIGITS, "sampler.eta=0.85", "+guidance=[dds]"),
+                baseline=_DPS,
+                trained=_TRAINED,
+            ),
+            SamplingClaim(
+                sentence="in a fraction of its time",
+                metric="sampling_seconds",
+                overrides=(*_DIGITS, "sampler.eta=0.85", "+guidance=[dds]"),
+                baseline=_DPS,
+                is_higher_better=False,
+                ratio=0.7,
+                trained=_TRAINED,
+            ),
+        ),
     )
     needs_measurement = True
 

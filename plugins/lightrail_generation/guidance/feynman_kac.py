@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError
-from lightrail.generation import (
-    Denoiser,
-    Generated,
-    Guidance,
-    Moment,
-    Prediction,
-    Sampler,
-    SamplerWrapper,
-    State,
-)
+from lightrail.generation import Denoiser, Generated, Guidance, Moment, Prediction, Sampler, SamplerWrapper, State
 from lightrail.generation.guidance import Run
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.traits import Traits
+from lightrail_generation.guidance.feynman_kac_claims import CLAIMS
 from lightrail_generation.guidance.fresh_noise import solves_reverse_diffusion
 from lightrail_generation.guidance.judges import LoadRun, Reward, denoiser_of_run
 from lightrail_generation.guidance.path_weights import annealing_rate, cfg_rate, lambda_step, product_rate
@@ -103,6 +95,7 @@ class FeynmanKac(Guidance):
         "Experts, arXiv 2503.02819",
         is_stochastic=True,
         example={"target": "annealing", "beta": 1.2, "particles": 4},
+        sampling_claims=CLAIMS,
     )
 
     def __init__(

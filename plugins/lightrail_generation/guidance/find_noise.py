@@ -55,6 +55,8 @@ class Policy:
     def within(self, bound: float) -> Policy:
         """The nearest to it on the way to N(0, 1), in μ and log σ, whose divergence is at most ``bound``."""
         is_far = self.divergence() > bound
+        if not bool(is_far.any()):
+            return self
         low, high = torch.zeros_like(is_far, dtype=self.mean.dtype), torch.ones_like(is_far, dtype=self.mean.dtype)
         for _ in range(50):
             middle = (low + high) / 2
@@ -143,7 +145,8 @@ class FindNoise(Guidance):
 
     The whole sampler is one step of a decision process: it is run ``iterations`` times on noise of the distribution so
     far, and once more, from the samples' own noise, on that which was learned. ``particles`` samples, one after the
-    other, share a distribution, so that generate.count must be a multiple of them.
+    other, share a distribution, so that generate.count must be a multiple of them. The more noise a sampler adds on its
+    way, the less the start decides: with ``ddpm`` nothing is gained.
 
     Args:
         function: R, from samples in the user's units to one number each, the higher the better; or its dotted path.

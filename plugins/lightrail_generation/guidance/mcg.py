@@ -52,7 +52,8 @@ class MCG(DPS):
 
     Deviations:
         The published code writes Aᵀ for A⁺, which is the same where A has orthonormal rows. As the projection brings
-        new noise, a multistep sampler starts its history anew, and then is of order 1.
+        new noise, a multistep sampler starts its history anew at every step, and then is of order 1; f_pndm asks as
+        often as for its first step.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, Observed, sample

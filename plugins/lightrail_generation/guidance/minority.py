@@ -87,7 +87,8 @@ class Minority(LikelihoodGuidance):
     as ``minority.safetensors``. Sampling then costs the classifier's gradient and no evaluation more.
 
     Args:
-        scale: w, at least 0; 0 leaves the samples alone.
+        scale: w, at least 0; 0 leaves the samples alone. A classifier of few data is too sure of itself, and more than
+            2 may spoil the samples: look at what else is measured of them.
         bins: How many, at least 2.
         target: Which bin is wanted, from 0 for what is easiest to restore; ``None`` for the hardest.
         rho: σ/α at which data are scored, above 0; 0.2 is step 60 of 1000 of the usual linear schedule.
@@ -100,7 +101,7 @@ class Minority(LikelihoodGuidance):
 
     Deviations:
         The paper measures what is lost by LPIPS, uses 100 bins, and trains on features of a large classifier for
-        60,000 steps; here it is the mean square, ten bins, and a small network for 800 steps. A model of classes is
+        60,000 steps; here it is the mean square, ten bins, and a small network for 600 steps. A model of classes is
         asked with the labels of the data, so that what is rare is rare within its class.
 
     Example:
@@ -121,7 +122,7 @@ class Minority(LikelihoodGuidance):
             SamplingClaim(
                 "samples lie where data are less dense than without guidance",
                 metric="neighbour_distance",
-                overrides=("run={digits}", "+guidance=[minority]", "generate.count=200"),
+                overrides=("run={digits}", "+guidance=[minority]", "guidance.minority.scale=2", "generate.count=200"),
                 trained={"digits": ("experiment=digits_diffusion",)},
             ),
         ),

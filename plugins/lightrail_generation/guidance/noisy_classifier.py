@@ -20,7 +20,7 @@ from lightrail_generation.quality.classifier import FeatureClassifier
 __all__ = ["NoisyClassifier", "keep", "kept_classifier", "trained_on_bins"]
 
 VERSION = "1"  # of the network and its training: files of another are made anew
-STEPS, BATCH = 800, 128
+STEPS, BATCH = 600, 128
 RATE, DECAY = 3e-3, 0.05
 CLEANEST, NOISIEST = 4.0, -5.0  # log(α/σ) within which it learns
 

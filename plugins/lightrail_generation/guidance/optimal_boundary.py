@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError
@@ -98,7 +99,7 @@ class OptimalBoundary(Guidance):
         truths, labels = self.artefact.values.get("truths"), self.artefact.values.get("labels")
         if not isinstance(truths, Tensor):
             return {}
-        squares = (samples[:, None] - truths.flatten(1).double()).square().mean(2)
+        squares = torch.cdist(samples, truths.flatten(1).double()).square() / samples.shape[1]
         asked = (generated.condition or {}).get("label")
         if isinstance(labels, Tensor) and isinstance(asked, Tensor):
             is_same = asked.cpu()[:, None] == labels

@@ -13,16 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError, DataError
-from lightrail.generation import Denoiser, Guidance, Level, Moment, Prediction, Sampler, SamplerWrapper, State
+from lightrail.generation import Denoiser, Guidance, Level, Moment, Prediction, Sampler, State
 from lightrail.options import between
-from lightrail.traits import Traits, traits_of
-from lightrail_generation.samplers.bdia import BDIA
-from lightrail_generation.samplers.ddim import DDIM
+from lightrail.traits import Traits
+from lightrail_generation.guidance.dps import refuse_fixed_states, solver_of
+from lightrail_generation.guidance.fresh_noise import draws_noise
 from lightrail_generation.samplers.dmcmc import DMCMC
-from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
 from lightrail_generation.samplers.dpm_solver_v3 import DPMSolverV3
 from lightrail_generation.samplers.momentum import GHVB, HeavyBall, Nesterov
-from lightrail_generation.samplers.usf import USF
 
 __all__ = ["RegionalEta", "box_mask", "turned"]
 
@@ -30,9 +28,7 @@ __all__ = ["RegionalEta", "box_mask", "turned"]
 FIRST_DRAW = 400
 
 CARRIERS_OF_NOISE = {
-    BDIA: "which steps from the state before the last, where the noise is another",
-    USF: "whose steps may start from states before the last, where the noise is another",
-    DPMSolverV3: "whose corrector starts from the state before, where the noise is another",
+    DPMSolverV3: "which carries along what it saw behind earlier noise",
     DMCMC: "whose samples are at levels of their own",
     HeavyBall: "which carries a mean of earlier noise along",
     Nesterov: "which carries a mean of earlier noise along",
@@ -90,13 +86,14 @@ class RegionalEta(Guidance):
         ConfigurationError: ``eta`` or ``mask`` is out of range.
         DataError: The mask's file cannot be read, or does not fit a state.
         CompositionError: The sampler draws noise itself, or carries along what fresh noise would spoil (``bdia``,
-            ``usf``, ``dpm_solver_v3``, ``hb``, …); or a box is asked for where a state is no image.
+            ``dpm_solver_v3``, ``heavy_ball``, …); or a box is asked for where a state is no image.
 
     Deviations:
         None known; the paper has ``ddim`` alone, with η = 0.4 inside.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
+        >>> from lightrail_generation.samplers.ddim import DDIM
         >>> from lightrail_generation.time_grids.uniform import Uniform
         >>> mixture, sampler = GaussianMixture(), DDIM(steps=10)
         >>> grid = sampler.grid(mixture.path, Uniform())
@@ -123,18 +120,18 @@ class RegionalEta(Guidance):
         self._found: Tensor | None = None
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        while isinstance(sampler, SamplerWrapper):
-            sampler = sampler.sampler
-        reason = next((why for kind, why in CARRIERS_OF_NOISE.items() if isinstance(sampler, kind)), None)
-        if _draws_noise(sampler):
+        solver = solver_of(sampler)
+        reason = next((why for kind, why in CARRIERS_OF_NOISE.items() if isinstance(solver, kind)), None)
+        if draws_noise(sampler):
             reason = "which draws noise itself"
         if reason is not None:
             raise CompositionError(
-                f"RegionalEta has no meaning with {type(sampler).__name__}, {reason}",
-                found=f"{type(sampler).__name__} with RegionalEta",
+                f"RegionalEta has no meaning with {type(solver).__name__}, {reason}",
+                found=f"{type(solver).__name__} with RegionalEta",
                 allowed="a sampler without noise of its own that can go on from states and predictions alone",
                 remedy="Choose ddim without sampler.eta, or another such as dpm_solver_pp, unipc or edm_heun.",
             )
+        refuse_fixed_states(self, sampler)
         self._mask_of(denoiser)
 
     def after_step(self, state: State, moment: Moment) -> State:
@@ -146,7 +143,7 @@ class RegionalEta(Guidance):
         z = moment.normal(FIRST_DRAW + calls)
         share = self.eta * self._mask_of(moment.denoiser) * _fresh(moment.level, there)
         x = (state.x.double() + there.sigma * turned(prediction.noise, z, share)).to(state.x.dtype)
-        history = state.history
+        history = tuple(_with_noise_turned(each, z, share) for each in state.history)
         return dataclasses.replace(state, x=x, history=history)
 
     def _mask_of(self, denoiser: Denoiser) -> Tensor:
@@ -181,14 +178,6 @@ def _with_noise_turned(prediction: Prediction, z: Tensor, share: Tensor) -> Pred
     level, data = prediction.level, prediction.data
     moved = (prediction.x.double() + level.sigma * turned(prediction.noise, z, share)).to(data.dtype)
     return Prediction(moved, level, "data", data)
-
-
-def _draws_noise(sampler: Sampler) -> bool:
-    return (
-        traits_of(type(sampler)).is_stochastic
-        or (isinstance(sampler, DDIM) and sampler.eta > 0)
-        or (isinstance(sampler, DPMSolverPP) and sampler.stochastic)
-    )
 
 
 def _box(values: Sequence[float]) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -16,26 +17,12 @@ from lightrail.errors import CompositionError, ConfigurationError, closest
 from lightrail.generation import Denoiser, Guidance, Moment, Prediction, Sampler
 from lightrail.options import between, non_negative, one_of
 from lightrail.traits import Traits
+from lightrail_generation.guidance.affine import NoiseInterval
+from lightrail_generation.guidance.cfg import rescaled
 
-__all__ = ["STG", "middle_block", "rescaled", "skipping"]
+__all__ = ["STG", "middle_block", "skipping"]
 
 MODES = ("residual", "attention")
-
-
-def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
-    """(f std(c)/std(g) + 1 − f) g, each sample with its own deviations.
-
-    Args:
-        guided: g ``[B, …]``.
-        cond: c.
-        share: f, in [0, 1].
-    """
-    if not share:
-        return guided
-    wide = [each.float() if each.element_size() < 4 else each for each in (cond, guided)]
-    ratio = wide[0].flatten(1).std(1) / wide[1].flatten(1).std(1)
-    factor = (share * ratio + 1 - share).view(-1, *[1] * (guided.ndim - 1))
-    return guided * factor.to(guided.dtype)
 
 
 class STG(Guidance):
@@ -57,8 +44,8 @@ class STG(Guidance):
             self-attention attend to itself alone, so that attention gives the values.
         rescale: f, how far the deviation of the network's answer is brought back to that of the conditional one, in
             [0, 1]; 0.7 is usual.
-        start: It acts from this share of the steps on, in [0, 1].
-        stop: And before this one, in [0, 1].
+        rho_low: It acts at levels with rho_low < σ/α ≤ rho_high; at least 0.
+        rho_high: The noisiest level, above ``rho_low``; ``None`` for all.
 
     Raises:
         ConfigurationError: An option is out of range, or no module of the network has such a name.
@@ -71,10 +58,17 @@ class STG(Guidance):
         is a call of its own, so that it works with any network.
 
     Example:
-        >>> import torch
-        >>> guided, cond = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, -1.0]])
-        >>> rescaled(guided, cond, 1.0).tolist()
-        [[1.0, -1.0]]
+        >>> from lightrail.generation import GaussianMixture
+        >>> from lightrail_generation.models.point_mlp import PointMLP
+        >>> from lightrail_generation.samplers.ddim import DDIM
+        >>> mixture, sampler = GaussianMixture(), DDIM(steps=10)
+        >>> mixture.network = PointMLP(2, 3, depth=4)  # as a trained run has one
+        >>> STG(layers="blocks.2").prepare(mixture, sampler)
+        >>> try:
+        ...     STG(layers="blocks.7").prepare(mixture, sampler)
+        ... except ConfigurationError as error:
+        ...     print(error.found)
+        layers=blocks.7
 
     Reference:
         J. Hyung, K. Kim, S. Hong, M.-J. Kim and J. Choo (2024), Spatiotemporal Skip Guidance for Enhanced Video
@@ -95,25 +89,23 @@ class STG(Guidance):
         layers: str | Sequence[str] | None = None,
         mode: str = "residual",
         rescale: float = 0.0,
-        start: float = 0.0,
-        stop: float = 1.0,
+        rho_low: float = 0.0,
+        rho_high: float | None = None,
     ) -> None:
         non_negative(scale=scale)
         one_of(MODES, mode=mode)
-        between(0, 1, closed="both", rescale=rescale, start=start, stop=stop)
+        between(0, 1, closed="both", rescale=rescale)
         self.scale = scale
         self.layers = (layers,) if isinstance(layers, str) else None if layers is None else tuple(layers)
         self.mode = mode
         self.rescale = rescale
-        self.start = start
-        self.stop = stop
+        self.interval = NoiseInterval(rho_low, rho_high)
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
         self._chosen(denoiser)
 
     def is_active(self, moment: Moment) -> bool:
-        share = moment.index / moment.grid.steps
-        return self.scale > 0 and self.start <= share and (share < self.stop or self.stop == 1)
+        return self.scale > 0 and self.interval.meets(moment.level)
 
     def evaluate(self, name: str, moment: Moment) -> Prediction:
         """What the network says without the layers."""
@@ -129,8 +121,14 @@ class STG(Guidance):
         # In the form of the network's answer: the sum is the same in each, the deviations are not.
         form = moment.denoiser.form
         cond, skip = (moment.memory.pop(name).get(form) for name in ("cond", "skip"))
-        guided = prediction.get(form) + self.scale * (cond - skip)
-        return Prediction(prediction.x, prediction.level, form, rescaled(guided, cond, self.rescale))
+        # As a scale, 1 stands for no guidance: where a sample's own level is outside, nothing is added.
+        k = self.interval.scale(1 + self.scale, prediction.level) - 1
+        guided = prediction.get(form) + ((cond - skip) * k).to(cond.dtype)
+        if self.rescale:
+            guided = rescaled(guided, cond, self.rescale)
+        if isinstance(k, Tensor):
+            guided = torch.where(k > 0, guided, prediction.get(form))
+        return Prediction(prediction.x, prediction.level, form, guided)
 
     def _chosen(self, denoiser: Denoiser) -> dict[str, nn.Module]:
         network = denoiser.network

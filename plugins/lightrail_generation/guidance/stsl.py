@@ -77,7 +77,7 @@ class STSL(DPS):
         example={"zeta": 0.1, "inner": 2},
     )
 
-    def __init__(self, zeta: float = 1.0, eta: float = 0.02, inner: int = 5, reach: float = 1.0) -> None:
+    def __init__(self, zeta: float = 1.0, eta: float = 0.002, inner: int = 5, reach: float = 1.0) -> None:
         super().__init__(zeta)
         non_negative(eta=eta)
         at_least(1, inner=inner)

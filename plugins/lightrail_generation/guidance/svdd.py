@@ -11,7 +11,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError
 from lightrail.generation import Denoiser, Generated, Guidance, Moment, Sampler, State
 from lightrail.options import at_least, one_of, positive
-from lightrail.traits import Traits
+from lightrail.traits import SamplingClaim, Traits
 from lightrail_generation.guidance.dps import solver_of
 from lightrail_generation.guidance.fresh_noise import draws_noise
 from lightrail_generation.guidance.judges import Reward
@@ -90,6 +90,20 @@ class SVDD(Guidance):
         "Decoding, arXiv 2408.08252",
         is_stochastic=True,
         example={"function": "lightrail_generation.guidance.reward.brightness", "candidates": 4},
+        sampling_claims=(
+            SamplingClaim(
+                "without a gradient, samples have a higher reward than those of the sampler alone",
+                metric="reward",
+                overrides=(
+                    "denoiser=gaussian_mixture",
+                    "+sampler=ddpm",
+                    "sampler.steps=50",
+                    "+guidance=[svdd]",
+                    "guidance.svdd.function=lightrail_generation.guidance.reward.brightness",
+                    "generate.count=200",
+                ),
+            ),
+        ),
     )
 
     def __init__(

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError
-from lightrail.generation import Denoiser, Guidance, Level, Moment, Noise, Sampler, SamplerWrapper, State, weighted_sum
+from lightrail.generation import Denoiser, Guidance, Level, Moment, Noise, Sampler, State, weighted_sum
 from lightrail.options import at_least, between
 from lightrail.traits import Traits
+from lightrail_generation.guidance.dps import solver_of
 from lightrail_generation.samplers.bdia import BDIA
 from lightrail_generation.samplers.dmcmc import DMCMC
 from lightrail_generation.samplers.usf import USF
@@ -21,12 +22,6 @@ __all__ = ["TimeTravel", "renoised"]
 # Its draws are apart from those of other guidance at the same step.
 FIRST_DRAW = 500
 GOLDEN = 0x9E3779B97F4A7C15
-
-BOUND_TO_EARLIER_STATES = {
-    BDIA: "which steps from the state before the last",
-    USF: "whose steps may start from states before the last",
-    DMCMC: "whose samples are at levels of their own",
-}
 
 
 def renoised(x: Tensor, here: Level, there: Level, z: Tensor) -> Tensor:
@@ -66,7 +61,7 @@ class TimeTravel(Guidance):
     Raises:
         ConfigurationError: An option is out of range.
         CompositionError: The sampler carries states from step to step that going back would leave behind (``bdia``,
-            ``usf``, ``dmcmc``).
+            ``dmcmc``, ``usf`` with such steps).
 
     Deviations:
         The paper goes back one step, by the noise that the network predicts; here noise is fresh, as in the other works
@@ -116,13 +111,12 @@ class TimeTravel(Guidance):
         self.stop = stop
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        while isinstance(sampler, SamplerWrapper):
-            sampler = sampler.sampler
-        reason = next((why for kind, why in BOUND_TO_EARLIER_STATES.items() if isinstance(sampler, kind)), None)
-        if reason is not None:
+        solver = solver_of(sampler)
+        reason = _why_it_cannot_go_back(solver)
+        if reason:
             raise CompositionError(
-                f"TimeTravel cannot go back with {type(sampler).__name__}, {reason}",
-                found=f"{type(sampler).__name__} with TimeTravel",
+                f"TimeTravel cannot go back with {type(solver).__name__}, {reason}",
+                found=f"{type(solver).__name__} with TimeTravel",
                 allowed="a sampler that can go on from states alone",
                 remedy="Choose another sampler, such as ddim, dpm_solver_pp or unipc.",
             )
@@ -145,6 +139,17 @@ class TimeTravel(Guidance):
         # Shares such as 0.3 · 10 steps are whole up to rounding.
         first, last = math.ceil(self.start * steps - 1e-9), math.floor(self.stop * steps + 1e-9)
         return first < index <= last and (index - first) % self.length == 0
+
+
+def _why_it_cannot_go_back(solver: Sampler) -> str:
+    """What it carries from step to step that would be left behind; nothing for most."""
+    if isinstance(solver, BDIA):
+        return "which steps from the state before the last"
+    if isinstance(solver, DMCMC):
+        return "whose samples are at levels of their own"
+    if isinstance(solver, USF) and any(entry.back or entry.corrector for entry in solver.schedule):
+        return "whose schedule looks back at earlier states"
+    return ""
 
 
 def _reseeded(noise: Noise) -> Noise:

@@ -211,7 +211,7 @@ def test_the_reward_of_the_differentiated_flow_never_falls():
     best = torch.stack(rewards).cummax(0).values
     # Steps of 1 overshoot a maximum; half of a half of it come near.
     assert bool((torch.stack(rewards)[1:] < best[:-1]).any())
-    assert float(best[-1].min()) > -0.02
+    assert float(best[-1].min()) > -0.1 > float(best[0].max())
 
 
 def test_without_steps_it_is_the_sampler_alone():

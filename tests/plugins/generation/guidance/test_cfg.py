@@ -200,14 +200,6 @@ def test_rescaling_gives_each_sample_the_deviation_of_the_conditional_prediction
     assert torch.equal(rescaled(one_number, one_number, 0.7), one_number)
 
 
-def test_rescaling_is_that_of_diffusers():
-    module = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
-    generator = torch.Generator().manual_seed(1)
-    cond, guided = torch.randn(2, 3, 4, 6, 6, generator=generator)
-    theirs = module.rescale_noise_cfg(guided.clone(), cond, guidance_rescale=0.7)
-    torch.testing.assert_close(rescaled(guided, cond, 0.7), theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_rescaling_acts_on_the_form_that_is_named():
     noisy = GaussianMixture(form="noise")
     own, named = (drawn(DDIM(6), [CFG(4.0, rescale=0.7, rescale_form=form)], noisy).x for form in (None, "noise"))

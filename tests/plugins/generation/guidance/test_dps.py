@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 """DPS: one step by hand, its bias beside the exact posterior of a Gaussian, through a decoder, with every solver."""
 
 from __future__ import annotations

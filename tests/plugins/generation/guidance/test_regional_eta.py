@@ -212,7 +212,7 @@ def test_it_works_with_every_sampler_or_refuses_it_by_name():
             continue
         assert found.x.isfinite().all(), name
         assert found.evaluations == drawn([], sampler, end="minimum").evaluations, name
-    carriers = {"bdia", "usf", "dpm_solver_v3", "heavy_ball", "nesterov", "ghvb"}
+    carriers = {"bdia", "dpm_solver_v3", "heavy_ball", "nesterov", "ghvb"}
     assert refused == {"ddpm", "dmcmc", "si_sde", *carriers}
     assert all(name in what for name, what in said)
 

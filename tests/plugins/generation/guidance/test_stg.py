@@ -9,7 +9,7 @@ from torch import nn
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.generation import Denoiser, GaussianMixture, Guidance, LinearVP, sample
-from lightrail_generation.guidance.stg import STG, middle_block, rescaled, skipping
+from lightrail_generation.guidance.stg import STG, middle_block, skipping
 from lightrail_generation.models.dit import DiT
 from lightrail_generation.models.point_mlp import PointMLP
 from lightrail_generation.models.unet import UNet
@@ -91,11 +91,11 @@ def parts(model, layers, mode="residual", t=0.4):
     return x, level, cond, skip, uncond
 
 
-def one_evaluation(model, chain, x, level):
+def one_evaluation(model, chain, x, level, first=None):
     """What the chain makes of one evaluation."""
     from lightrail.generation import Evaluator, Grid, Noise
 
-    grid = Grid(model.path, (level, model.path.level(0.0)))
+    grid = Grid(model.path, (first or level, model.path.level(0.0)))
     noise = Noise(0, range(len(x)), model.shape, torch.float64)
     return Evaluator(model, LABELS, chain, grid, noise)(x, level)
 
@@ -214,16 +214,15 @@ def test_behind_cfg_the_difference_is_that_of_what_cfg_made(dit):
 
 
 def test_rescaling_brings_the_deviation_of_each_sample_back(dit):
-    generator = torch.Generator().manual_seed(0)
-    cond = torch.randn(3, 2, 4, generator=generator).double()
-    guided = cond * torch.tensor([2.0, 5.0, 0.5]).double()[:, None, None]
-    torch.testing.assert_close(rescaled(guided, cond, 1.0), cond)
-    factors = 0.7 / torch.tensor([2.0, 5.0, 0.5]).double() + 0.3
-    torch.testing.assert_close(rescaled(guided, cond, 0.7), guided * factors[:, None, None])
     x, level, c, _, _ = parts(dit, ["blocks.1"])
     found = one_evaluation(dit, [STG(scale=2.0, rescale=1.0)], x, level)
     assert dit.form == "velocity"
-    torch.testing.assert_close(found.velocity.flatten(1).std(1), c.velocity.flatten(1).std(1))
+    deviation = c.velocity.flatten(1).std(1)
+    torch.testing.assert_close(found.velocity.flatten(1).std(1), deviation)
+    whole = one_evaluation(dit, [STG(scale=2.0)], x, level).velocity
+    found = one_evaluation(dit, [STG(scale=2.0, rescale=0.7)], x, level).velocity
+    factor = 0.7 * deviation / whole.flatten(1).std(1) + 0.3
+    torch.testing.assert_close(found, whole * factor[:, None, None, None])
 
 
 def test_without_a_scale_or_a_change_it_is_the_run_alone(dit):
@@ -248,12 +247,27 @@ def test_one_evaluation_is_added_with_any_sampler(dit, sampler):
     assert (found.x - plain.x).abs().max() > 1e-4
 
 
-def test_it_acts_within_its_window_only(dit):
-    assert drawn(dit, [STG(start=0.25, stop=0.75)], DDIM(8)).evaluations == 8 + 4
-    sampler = DDIM(4)
+def test_it_acts_within_its_levels_only(dit):
+    sampler = DDIM(8)
+    grid = sampler.grid(dit.path, Uniform())
+    found = drawn(dit, [STG(rho_low=grid[5].rho, rho_high=grid[2].rho)], sampler)
+    assert found.evaluations == 8 + 3  # at the levels 2, 3 and 4
     grid = sampler.grid(dit.path, Uniform(end="denoise"))
     found = sample(dit, sampler, grid, range(3), seed=1, condition=LABELS, guidance=[STG()])
-    assert found.evaluations == 10  # the last evaluation too
+    assert found.evaluations == 18  # the last evaluation too
+
+
+def test_levels_of_each_sample_are_their_own(dit):
+    times = torch.tensor([0.9, 0.4, 0.1])
+    level = dit.path.levels(times, 4)
+    x = torch.randn(3, 1, 8, 8).double()
+    options = {"scale": 2.0, "rescale": 0.5, "rho_high": dit.path.level(0.5).rho}
+    found = one_evaluation(dit, [STG(**options)], x, level, dit.path.level(0.9))
+    plain = dit.predict(x, level, LABELS)
+    assert torch.equal(found.data[0], plain.data[0])
+    for row in (1, 2):
+        alone = one_evaluation(dit, [STG(**options)], x, dit.path.level(float(times[row])))
+        torch.testing.assert_close(found.data[row], alone.data[row], rtol=1e-6, atol=1e-6)
 
 
 def test_a_sample_does_not_depend_on_its_batch(unet):
@@ -310,7 +324,7 @@ def test_layers_without_attention_are_refused(dit):
 
 
 @pytest.mark.parametrize(
-    "options", [{"scale": -1}, {"mode": "skip"}, {"rescale": 1.5}, {"start": -0.1}, {"stop": 2.0}], ids=str
+    "options", [{"scale": -1}, {"mode": "skip"}, {"rescale": 1.5}, {"rho_low": -0.1}, {"rho_high": 0.0}], ids=str
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigurationError) as caught:

@@ -54,8 +54,8 @@ def test_levels_of_each_sample_are_their_own():
     x, z = torch.randn(2, 3).double(), torch.randn(2, 3).double()
     found = renoised(x, here, there, z)
     for row in range(2):
-        one = [path.level(float(t)) for t in times[row]]
-        torch.testing.assert_close(found[row], renoised(x[row], *one, z[row]), rtol=1e-6, atol=1e-6)
+        near, far = (path.level(float(t)) for t in times[row])
+        torch.testing.assert_close(found[row], renoised(x[row], near, far, z[row]), rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_is_taken_again_from_its_level_with_new_noise():
