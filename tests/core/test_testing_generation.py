@@ -292,7 +292,9 @@ class Inconsistent(Exact):
 
     def predict(self, x: Tensor, level: Level, condition: Any = None, network_time: Any = None) -> Prediction:
         found = super().predict(x, level, condition, network_time)
-        return found.with_data(found.data * 0.9, keep_noise=True)
+        changed = found.with_data(found.data * 0.9)
+        changed.known["noise"] = found.noise
+        return changed
 
 
 class SinglePrecisionAnswers(Exact):

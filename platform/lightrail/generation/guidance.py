@@ -161,7 +161,7 @@ class Guidance:
         """Edits the predicted data, before the sampler sees them.
 
         Args:
-            prediction: What was mixed; :meth:`Prediction.with_data` replaces the data and keeps the noise or not.
+            prediction: What was mixed, :meth:`Prediction.with_data` replaces its data.
             moment: Where.
         """
         return prediction

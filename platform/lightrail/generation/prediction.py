@@ -104,17 +104,13 @@ class Prediction:
         """∇ log p(x) = −ε/σ."""
         return self.get("score")
 
-    def with_data(self, data: Tensor, *, keep_noise: bool = False) -> Prediction:
-        """The prediction with other data.
+    def with_data(self, data: Tensor) -> Prediction:
+        """The prediction with other data; the noise follows, as the state is what it is.
 
         Args:
             data: ``[B, …]``.
-            keep_noise: Whether the noise stays what it was, as some guidance wants, rather than following.
         """
-        changed = Prediction(self.x, self.level, "data", data)
-        if keep_noise:
-            changed.known["noise"] = self.noise
-        return changed
+        return Prediction(self.x, self.level, "data", data)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
         """The prediction with a function applied to each of its tensors; how samples are chosen or moved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from lightrail.generation.noise_path import Level, NoisePath
 from lightrail.generation.prediction import Prediction
 from lightrail.generation.time_grid import Grid, TimeGrid
 from lightrail.options import at_least
-from lightrail.traits import Traits
+from lightrail.traits import Traits, traits_of
 
 if TYPE_CHECKING:
     from lightrail.generation.denoiser import Denoiser
@@ -128,6 +129,17 @@ class Sampler(ABC):
             )
         self.steps = steps
 
+    @property
+    def solver(self) -> Sampler:
+        """The sampler itself, without what is put around it."""
+        return self
+
+    @property
+    def card(self) -> Traits:
+        """Its traits under the options that it was built with, which a sampler keeps under their names."""
+        names = inspect.signature(type(self)).parameters
+        return traits_of(type(self), {name: getattr(self, name) for name in names if hasattr(self, name)})
+
     def prepare(self, denoiser: Denoiser) -> None:  # noqa: B027
         """Sees the model once, before anything is sampled: reads what was fitted for it, or refuses it.
 
@@ -215,6 +227,15 @@ class SamplerWrapper(Sampler):
         self.grid_name = sampler.grid_name
         self.needs_finite_start = sampler.needs_finite_start
         super().__init__(sampler.steps)
+
+    @property
+    def solver(self) -> Sampler:
+        return self.sampler.solver
+
+    @property
+    def card(self) -> Traits:
+        """That of the sampler that it holds."""
+        return self.sampler.card
 
     def prepare(self, denoiser: Denoiser) -> None:
         self.sampler.prepare(denoiser)

@@ -104,15 +104,19 @@ class APG(Guidance):
         paper="S. Sadat, O. Hilliges, R. M. Weber, 2024, Eliminating Oversaturation and Artifacts of High Guidance "
         "Scales in Diffusion Models, arXiv 2410.02416",
         example={"scale": 4.0},
-        sampling_claims=(
+        sampling_claims=tuple(
             SamplingClaim(
-                "at a scale of 8 samples are less saturated than those of classifier-free guidance",
-                metric="saturation",
+                f"at a scale of 8, {promise} than with classifier-free guidance",
+                metric=metric,
                 overrides=("run={digits}", "+guidance=[apg]", "guidance.apg.scale=8", "generate.count=200"),
                 baseline=("run={digits}", "+guidance=[cfg]", "guidance.cfg.scale=8", "generate.count=200"),
                 is_higher_better=False,
                 trained={"digits": ("experiment=digits_diffusion",)},
-            ),
+            )
+            for metric, promise in (
+                ("saturation", "samples are less saturated"),
+                ("frechet", "samples are nearer to the data"),
+            )
         ),
     )
     asks = ("uncond",)

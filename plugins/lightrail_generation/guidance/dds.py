@@ -23,11 +23,8 @@ from lightrail.generation import (
     conjugate_gradients,
 )
 from lightrail.options import at_least, positive
-from lightrail.traits import SamplingClaim, Traits, traits_of
-from lightrail_generation.guidance.dps import refuse_fixed_states, solver_of
-from lightrail_generation.samplers.ddim import DDIM
-from lightrail_generation.samplers.ddpm import DDPM
-from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
+from lightrail.traits import SamplingClaim, Traits
+from lightrail_generation.guidance.dps import refuse_fixed_states
 
 __all__ = ["DDS", "KeepsNoise", "carried_noise", "consistent_data"]
 
@@ -94,15 +91,12 @@ class KeepsNoise(Guidance, ABC):
         if not self.keep_noise:
             return
         refuse_fixed_states(self, sampler)
-        solver = solver_of(sampler)
-        if isinstance(solver, DDIM):
-            self._eta = solver.eta
-        elif isinstance(solver, DDPM) or (isinstance(solver, DPMSolverPP) and solver.stochastic):
-            self._eta = 1.0
-        elif traits_of(type(solver)).is_stochastic:
+        card, name = sampler.card, type(sampler.solver).__name__
+        self._eta = 0.0 if card.fresh_noise is None else card.fresh_noise
+        if card.is_stochastic and card.fresh_noise is None:
             raise CompositionError(
-                f"{type(self).__name__} cannot keep the noise that {type(solver).__name__} makes anew",
-                found=f"keep_noise=true and sampler={type(solver).__name__}",
+                f"{type(self).__name__} cannot keep the noise that {name} makes anew",
+                found=f"keep_noise=true and sampler={name}",
                 allowed="a deterministic sampler, ddim, ddpm or dpm_solver_pp",
                 remedy="Set keep_noise=false, or choose another sampler.",
             )

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError
-from lightrail.generation import Denoiser, Guidance, Moment, Prediction, Sampler, SamplerWrapper, State
+from lightrail.generation import Denoiser, Guidance, Moment, Prediction, Sampler, State
 from lightrail.options import non_negative
 from lightrail.traits import Traits
-from lightrail_generation.samplers.bdia import BDIA
-from lightrail_generation.samplers.dpm_solver_v3 import DPMSolverV3
-from lightrail_generation.samplers.usf import USF
 
-__all__ = ["DPS", "norms", "refuse_fixed_states", "residual_norms", "solver_of"]
+__all__ = ["DPS", "norms", "refuse_fixed_states", "residual_norms"]
 
 
 def residual_norms(prediction: Prediction, moment: Moment) -> Tensor:
@@ -45,13 +42,6 @@ def norms(residual: Tensor) -> Tensor:
     return residual.flatten(1).square().sum(1).clamp(min=torch.finfo(residual.dtype).tiny).sqrt()
 
 
-def solver_of(sampler: Sampler) -> Sampler:
-    """The sampler inside its wrappers."""
-    while isinstance(sampler, SamplerWrapper):
-        sampler = sampler.sampler
-    return sampler
-
-
 def refuse_fixed_states(guidance: Guidance, sampler: Sampler) -> None:
     """Refuses samplers that step from an earlier state of their own, so that moving the newest is of no avail.
 
@@ -62,15 +52,13 @@ def refuse_fixed_states(guidance: Guidance, sampler: Sampler) -> None:
     Raises:
         CompositionError: It is such a one.
     """
-    solver = solver_of(sampler)
-    looks_back = isinstance(solver, USF) and any(entry.back for entry in solver.schedule)
-    if isinstance(solver, BDIA) or looks_back or (isinstance(solver, DPMSolverV3) and solver.corrector):
-        remedy = "Set sampler.corrector=false, or choose" if isinstance(solver, DPMSolverV3) else "Choose"
+    if not sampler.card.steps_from_newest:
+        name = type(sampler.solver).__name__
         raise CompositionError(
-            f"{type(guidance).__name__} moves states after a step; {type(solver).__name__} goes on from earlier ones",
-            found=f"sampler={type(solver).__name__}",
+            f"{type(guidance).__name__} moves states after a step; {name} goes on from earlier ones",
+            found=f"sampler={name}",
             allowed="a sampler that steps from its newest state: ddim, ddpm, dpm_solver_pp, unipc, edm_heun, …",
-            remedy=f"{remedy} another sampler, such as ddim.",
+            remedy="Choose another sampler, such as ddim; of dpm_solver_v3, set sampler.corrector=false.",
         )
 
 

@@ -15,7 +15,6 @@ from lightrail.generation.guidance import Run
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.traits import Traits
 from lightrail_generation.guidance.feynman_kac_claims import CLAIMS
-from lightrail_generation.guidance.fresh_noise import solves_reverse_diffusion
 from lightrail_generation.guidance.judges import LoadRun, Reward, denoiser_of_run
 from lightrail_generation.guidance.path_weights import annealing_rate, cfg_rate, lambda_step, product_rate
 from lightrail_generation.guidance.resampling import effective_sample_size, systematic_resampling
@@ -69,8 +68,9 @@ class FeynmanKac(Guidance):
         The released code for images centres and clamps the weights and resamples at each step, which gives up the
         target; here the weights are as derived. Steps have Δλ = (1 − e^{−2h})/2, as the drift of an Euler step in σ²/α²
         has, so that the last one is finite. Noise beyond the paper's (``si_sde`` with a large epsilon) leaves the
-        weights as they are, as that part of the dynamics keeps the target. Potentials of ``reward`` are those of
-        Feynman–Kac steering, without the gradient of r in the drift.
+        weights as they are, as that part of the dynamics keeps the target; it also makes up for the start, which is
+        normal noise of variance σ²/β (σ²/2 for ``product``) around 0, and not around the target's own mean. Potentials
+        of ``reward`` are those of Feynman–Kac steering, without the gradient of r in the drift.
 
     Example:
         >>> from lightrail.generation import GaussianMixture, sample
@@ -131,7 +131,7 @@ class FeynmanKac(Guidance):
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
         is_wrapped = isinstance(sampler, SamplerWrapper) and self.target != "reward"
-        if is_wrapped or not solves_reverse_diffusion(sampler):
+        if is_wrapped or not sampler.card.solves_reverse_diffusion:
             raise CompositionError(
                 f"feynman_kac cannot weigh the samples of {type(sampler).__name__}",
                 found=f"{type(sampler).__name__} under its options",
@@ -268,17 +268,13 @@ class FeynmanKac(Guidance):
 
 
 def _check_needs(target: str, run: str | None, other: Denoiser | None, function: Any) -> None:
-    given = {"run": run, "other": other, "function": function}
-    found = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
-    wanted = {"product": "one of run and other", "reward": "function"}.get(target, "none of run, other and function")
-    is_right = {
-        "product": (run is None) != (other is None) and function is None,
-        "reward": run is None and other is None and function is not None,
-    }.get(target, run is None and other is None and function is None)
-    if not is_right:
+    given = [name for name, value in (("run", run), ("other", other), ("function", function)) if value is not None]
+    allowed = {"product": (["run"], ["other"]), "reward": (["function"],)}.get(target, ([],))
+    if given not in allowed:
+        wanted = " or ".join(name for names in allowed for name in names) or "none of run, other and function"
         raise ConfigurationError(
             f"feynman_kac with target={target} needs {wanted}",
-            found=found,
+            found=" and ".join(given) or "none of them",
             allowed=wanted,
             remedy="Set guidance.feynman_kac.run=FOLDER for a product, guidance.feynman_kac.function for a reward.",
         )

@@ -11,8 +11,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError
 from lightrail.generation import Denoiser, Level, Moment, Sampler, State, StateMeasurement
 from lightrail.traits import Traits
-from lightrail_generation.guidance.dps import DPS, solver_of
-from lightrail_generation.samplers.dmcmc import DMCMC
+from lightrail_generation.guidance.dps import DPS
 
 __all__ = ["MCG", "projected"]
 
@@ -83,12 +82,11 @@ class MCG(DPS):
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
         super().prepare(denoiser, sampler)
-        solver = solver_of(sampler)
-        if isinstance(solver, DMCMC):
+        if not sampler.card.descends:
+            name = type(sampler.solver).__name__
             raise CompositionError(
-                f"{type(self).__name__} projects states at the levels of the grid, and {type(solver).__name__} has "
-                "levels of its own",
-                found=f"sampler={type(solver).__name__}",
+                f"{type(self).__name__} projects states at the levels of the grid, and {name} has levels of its own",
+                found=f"sampler={name}",
                 allowed="a sampler whose states are at the levels of the grid",
                 remedy="Choose another sampler, such as ddim.",
             )

@@ -28,8 +28,8 @@ class NASA(Guidance):
     with, are left as they are.
 
     Args:
-        prompt: The unwanted text.
-        alpha: α, at least 0; 0 is the run without it. Values from 0.1 to 0.5 are usual.
+        prompt: The unwanted text; it must be given.
+        alpha: α, at least 0; 0 is the run without it; near 1 little of the text itself is left.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -37,7 +37,7 @@ class NASA(Guidance):
             Stable Diffusion 3 does; or no text is asked for.
 
     Deviations:
-        None known in the rule; the values of α are from memory.
+        None known in the rule; the default of α is not the paper's.
 
     Example:
         >>> from lightrail.generation import GaussianMixture
@@ -60,13 +60,13 @@ class NASA(Guidance):
         example={"prompt": "blurry"},
     )
 
-    def __init__(self, prompt: str, alpha: float = 0.3) -> None:
+    def __init__(self, prompt: str | None = None, alpha: float = 0.3) -> None:
         if not isinstance(prompt, str):
             raise ConfigurationError(
                 "the unwanted text is no text",
                 found=f"prompt={prompt!r}",
                 allowed="one text",
-                remedy='Write prompt="blurry, low quality".',
+                remedy='Set guidance.nasa.prompt="blurry, low quality".',
             )
         non_negative(alpha=alpha)
         self.prompt = prompt
@@ -78,7 +78,7 @@ class NASA(Guidance):
                 f"{type(denoiser).__name__} reads no text",
                 found=f"{type(denoiser).__name__} with nasa",
                 allowed="a diffusers pipeline from text to images",
-                remedy="Leave nasa out, or set denoiser=diffusers_pipeline with the folder of such a pipeline.",
+                remedy="Leave nasa out, or set denoiser=diffusers with the folder of such a pipeline.",
             )
         if not cross_attentions(denoiser.network):
             raise CompositionError(

@@ -16,8 +16,7 @@ from lightrail.errors import CompositionError, ConfigurationError, DataError
 from lightrail.generation import Denoiser, Guidance, Level, Moment, Prediction, Sampler, State
 from lightrail.options import between
 from lightrail.traits import Traits
-from lightrail_generation.guidance.dps import refuse_fixed_states, solver_of
-from lightrail_generation.guidance.fresh_noise import draws_noise
+from lightrail_generation.guidance.dps import refuse_fixed_states
 from lightrail_generation.samplers.dmcmc import DMCMC
 from lightrail_generation.samplers.dpm_solver_v3 import DPMSolverV3
 from lightrail_generation.samplers.momentum import GHVB, HeavyBall, Nesterov
@@ -120,9 +119,9 @@ class RegionalEta(Guidance):
         self._found: Tensor | None = None
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        solver = solver_of(sampler)
+        solver = sampler.solver
         reason = next((why for kind, why in CARRIERS_OF_NOISE.items() if isinstance(solver, kind)), None)
-        if draws_noise(sampler):
+        if sampler.card.is_stochastic:
             reason = "which draws noise itself"
         if reason is not None:
             raise CompositionError(

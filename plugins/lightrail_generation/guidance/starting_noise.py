@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError
-from lightrail.generation import Denoiser, Guidance, Sampler, SamplerWrapper
-from lightrail.traits import traits_of
+from lightrail.generation import Denoiser, Guidance, Sampler
 
 __all__ = ["near_shell", "refuse_other_noise", "refuse_stochastic"]
 
@@ -39,12 +38,11 @@ def refuse_stochastic(guidance: Guidance, sampler: Sampler) -> None:
     """Raises:
     CompositionError: The sampler draws noise of its own, so that the starting noise does not tell the sample.
     """
-    while isinstance(sampler, SamplerWrapper):
-        sampler = sampler.sampler
-    if traits_of(type(sampler), vars(sampler)).is_stochastic:
+    if sampler.card.is_stochastic:
+        name = type(sampler.solver).__name__
         raise CompositionError(
-            f"{type(guidance).__name__} chooses the starting noise, and {type(sampler).__name__} adds other noise",
-            found=f"a stochastic sampler: {type(sampler).__name__}",
+            f"{type(guidance).__name__} chooses the starting noise, and {name} adds other noise",
+            found=f"a stochastic sampler: {name}",
             allowed="a deterministic sampler: unipc, dpm_solver_pp, ddim with eta=0, edm_heun, flow_heun",
             remedy="Choose one of those.",
         )

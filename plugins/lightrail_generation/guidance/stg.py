@@ -136,7 +136,7 @@ class STG(Guidance):
             raise CompositionError(
                 f"{type(denoiser).__name__} has no layers that could be skipped",
                 found="no network",
-                allowed="a trained run, or denoiser=diffusers_pipeline",
+                allowed="a trained run, or denoiser=diffusers",
                 remedy="Leave stg out, or generate from a run: generate run=FOLDER.",
             )
         wanted = self.layers or (middle_block(network),)

@@ -12,10 +12,7 @@ from lightrail.errors import CompositionError
 from lightrail.generation import Denoiser, Generated, Guidance, Moment, Sampler, State
 from lightrail.options import at_least, one_of, positive
 from lightrail.traits import SamplingClaim, Traits
-from lightrail_generation.guidance.dps import solver_of
-from lightrail_generation.guidance.fresh_noise import draws_noise
 from lightrail_generation.guidance.judges import Reward
-from lightrail_generation.samplers.dmcmc import DMCMC
 
 __all__ = ["SVDD", "best", "drawn"]
 
@@ -122,10 +119,11 @@ class SVDD(Guidance):
         self.choice = choice
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        if not draws_noise(sampler) or isinstance(solver_of(sampler), DMCMC):
+        card, name = sampler.card, type(sampler.solver).__name__
+        if not card.is_stochastic or not card.descends:
             raise CompositionError(
-                f"svdd cannot try several next states with {type(solver_of(sampler)).__name__}",
-                found=f"{type(solver_of(sampler)).__name__} under its options",
+                f"svdd cannot try several next states with {name}",
+                found=f"{name} under its options",
                 allowed="samplers that go down the grid with fresh noise: ddpm, ddim with eta above 0, dpm_solver_pp "
                 "with stochastic=true, si_sde, edm_euler or edm_heun with s_churn above 0",
                 remedy="Choose +sampler=ddpm.",

@@ -12,7 +12,6 @@ from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.generation import Denoiser, Guidance, Level, Moment, Noise, Sampler, State, weighted_sum
 from lightrail.options import at_least, between
 from lightrail.traits import Traits
-from lightrail_generation.guidance.dps import solver_of
 from lightrail_generation.samplers.bdia import BDIA
 from lightrail_generation.samplers.dmcmc import DMCMC
 from lightrail_generation.samplers.usf import USF
@@ -111,7 +110,7 @@ class TimeTravel(Guidance):
         self.stop = stop
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
-        solver = solver_of(sampler)
+        solver = sampler.solver
         reason = _why_it_cannot_go_back(solver)
         if reason:
             raise CompositionError(

@@ -84,6 +84,7 @@ class BDIA(Sampler):
         "Approximation, arXiv 2307.10829",
         order=2,
         is_invertible=True,
+        steps_from_newest=False,
         needs_predictions=("data",),
         example={"steps": 10},
         exceptions={

@@ -72,7 +72,15 @@ class DDIM(Sampler):
         """With fresh noise it is stochastic, and has no order and no inverse."""
         if not options.get("eta"):
             return DDIM.traits
-        return dataclasses.replace(DDIM.traits, is_stochastic=True, order=None, is_invertible=False)
+        eta = options["eta"]
+        return dataclasses.replace(
+            DDIM.traits,
+            is_stochastic=True,
+            order=None,
+            is_invertible=False,
+            fresh_noise=eta,
+            solves_reverse_diffusion=eta == 1,
+        )
 
     def __init__(self, steps: int = 50, eta: float = 0.0) -> None:
         super().__init__(steps)

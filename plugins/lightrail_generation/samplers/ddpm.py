@@ -73,6 +73,8 @@ class DDPM(Sampler):
         rule="x_t = α_t (1 − e^{−2h}) D + (σ_t/σ_s) e^{−h} x_s + σ_t √(1 − e^{−2h}) z",
         paper="J. Ho, A. Jain, P. Abbeel, 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239",
         is_stochastic=True,
+        fresh_noise=1.0,
+        solves_reverse_diffusion=True,
         needs_predictions=("data",),
         example={"steps": 20},
     )

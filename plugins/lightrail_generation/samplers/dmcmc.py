@@ -133,6 +133,7 @@ class DMCMC(Sampler):
         paper="B. Kim, J. C. Ye, 2023, Denoising MCMC for Accelerating Diffusion-Based Generative Models, arXiv "
         "2209.14593",
         is_stochastic=True,
+        descends=False,
         needs_predictions=("data",),
         example={"steps": 5, "transitions": 4, "burn_in": 2},
     )

@@ -173,7 +173,9 @@ class DPMSolverPP(Sampler):
     def traits_under(options: dict[str, Any]) -> Traits:
         """The stochastic form has no order of a deterministic solver; the published third order is the second."""
         if options.get("stochastic"):
-            return dataclasses.replace(DPMSolverPP.traits, is_stochastic=True, order=None)
+            return dataclasses.replace(
+                DPMSolverPP.traits, is_stochastic=True, order=None, fresh_noise=1.0, solves_reverse_diffusion=True
+            )
         is_compat = options.get("third_order") == "compat" and options.get("variant", "multistep") == "multistep"
         order = int(options.get("order", 2))
         return dataclasses.replace(DPMSolverPP.traits, order=min(order, 2) if is_compat else order)

@@ -102,6 +102,7 @@ class DPMSolverV3(Sampler):
         paper="K. Zheng, C. Lu, J. Chen, J. Zhu, 2023, DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical "
         "Model Statistics, arXiv 2310.13268",
         order=2,
+        steps_from_newest=False,  # the corrector steps once more from the state before
         needs_predictions=("data",),
         example={"steps": 10},
     )
@@ -115,7 +116,7 @@ class DPMSolverV3(Sampler):
             order = 2
         elif options.get("pseudo") or options.get("lower_order_final", True):
             order = min(order, 2)
-        return dataclasses.replace(DPMSolverV3.traits, order=order)
+        return dataclasses.replace(DPMSolverV3.traits, order=order, steps_from_newest=not corrects)
 
     def __init__(
         self,

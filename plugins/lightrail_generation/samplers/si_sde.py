@@ -70,6 +70,7 @@ class SISDE(Sampler):
         paper="M. S. Albergo, N. M. Boffi, E. Vanden-Eijnden, 2023, Stochastic Interpolants: A Unifying Framework for "
         "Flows and Diffusions, arXiv 2303.08797",
         is_stochastic=True,
+        solves_reverse_diffusion=True,
         needs_predictions=("flow", "score"),
         example={"steps": 10},
     )
@@ -82,7 +83,7 @@ class SISDE(Sampler):
         if options.get("epsilon") != 0:
             return SISDE.traits
         order = 2 if options.get("method") == "heun" else 1
-        return dataclasses.replace(SISDE.traits, is_stochastic=False, order=order)
+        return dataclasses.replace(SISDE.traits, is_stochastic=False, order=order, solves_reverse_diffusion=False)
 
     def __init__(self, steps: int = 50, epsilon: float = 1.0, shape: str = "constant", method: str = "euler") -> None:
         super().__init__(steps)

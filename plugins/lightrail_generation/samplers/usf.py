@@ -152,7 +152,12 @@ class USF(Sampler):
     @staticmethod
     def traits_under(options: dict[str, Any]) -> Traits:
         """Of a schedule of its own the order is not known."""
-        return USF.traits if options.get("schedule") is None else dataclasses.replace(USF.traits, order=None)
+        schedule = options.get("schedule")
+        if schedule is None:
+            return USF.traits
+        entries = () if isinstance(schedule, str) else schedule
+        looks_back = any(each.get("back") if isinstance(each, Mapping) else each.back for each in entries)
+        return dataclasses.replace(USF.traits, order=None, steps_from_newest=not looks_back)
 
     def __init__(self, steps: int | None = None, schedule: str | Sequence[Mapping[str, Any]] | None = None) -> None:
         self.artefact = Artefact.load(schedule) if isinstance(schedule, str) else None

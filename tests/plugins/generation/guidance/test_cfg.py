@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
 """CFG: one affine combination in any form, the exact guided flow of two Gaussians, intervals, rescaling, saturation."""
 
 from __future__ import annotations

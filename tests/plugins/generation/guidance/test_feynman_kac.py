@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,6 +260,19 @@ def test_bad_options(options):
 def test_guidance_without_a_condition_is_refused():
     with pytest.raises(CompositionError, match="no condition"):
         drawn([FeynmanKac("cfg", 2.0, 2)], Pair(), DDPM(4), 2)
+
+
+def test_the_other_model_may_come_from_a_run():
+    asked = []
+
+    def load_run(name):
+        asked.append(name)
+        return SimpleNamespace(task=SimpleNamespace(denoiser=lambda: WIDE), data=None, folder=None, checkpoint=None)
+
+    of_run = FeynmanKac("product", particles=4, run="mine", load_run=load_run)
+    assert asked == ["mine"]
+    given = FeynmanKac("product", particles=4, other=WIDE)
+    assert torch.equal(drawn([of_run], NARROW, DDPM(6), 4).x, drawn([given], NARROW, DDPM(6), 4).x)
 
 
 def test_a_label_that_the_other_model_does_not_know_is_refused():

@@ -168,7 +168,7 @@ def test_a_run_without_a_text_is_refused(model):
         sample(model, sampler, sampler.grid(model.path, Uniform()), [0], guidance=[NASA("a dog")])
 
 
-@pytest.mark.parametrize("options", [{"prompt": 3}, {"prompt": "a dog", "alpha": -0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"prompt": 3}, {"prompt": "a dog", "alpha": -0.1}], ids=str)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigurationError):
         NASA(**options)

@@ -223,7 +223,8 @@ def test_it_works_with_every_sampler_or_refuses_it_by_name():
 def test_samplers_with_noise_of_their_own_are_refused(sampler):
     with pytest.raises(CompositionError) as caught:
         RegionalEta().prepare(MIXTURE, sampler)
-    assert "RegionalEta" in caught.value.found
+    assert "RegionalEta" in caught.value.what
+    assert caught.value.remedy
 
 
 def test_a_box_is_refused_where_a_state_is_no_image():

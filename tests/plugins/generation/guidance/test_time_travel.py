@@ -20,6 +20,7 @@ from lightrail_generation.samplers.ddpm import DDPM
 from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP
 from lightrail_generation.samplers.edm import EDMHeun
 from lightrail_generation.samplers.unipc import UniPC
+from lightrail_generation.samplers.usf import USF
 from lightrail_generation.time_grids.uniform import Uniform
 from lightrail_generation.wrappers.time_shift import TimeShift
 
@@ -185,13 +186,24 @@ def test_it_works_with_every_sampler_or_refuses_it_by_name():
             continue
         assert found.x.isfinite().all(), name
         assert found.evaluations > drawn([], sampler, end="minimum").evaluations, name
-    assert refused == {"bdia", "dmcmc", "usf"}
+    assert refused == {"bdia", "dmcmc"}
     assert all(name in what for name, what in said)
 
 
-def test_a_wrapped_sampler_is_refused_too():
-    with pytest.raises(CompositionError, match="BDIA"):
-        TimeTravel().prepare(MIXTURE, TimeShift(BDIA(4)))
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        (TimeShift(BDIA(4)), "BDIA"),
+        (USF(schedule=[{}, {"back": 1, "derivatives": "exact"}, {}]), "USF"),
+        (USF(schedule=[{}, {"corrector": True}, {}]), "USF"),
+    ],
+    ids=["wrapped", "back", "corrector"],
+)
+def test_samplers_that_look_back_are_refused(sampler, name):
+    with pytest.raises(CompositionError) as caught:
+        TimeTravel().prepare(MIXTURE, sampler)
+    assert name in caught.value.what
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(
