@@ -114,12 +114,12 @@ class Traits:
         order: Convergence order of a solver, once its history is filled.
         is_invertible: A sampler that can be run from data to noise.
         needs_predictions: The forms that a sampler asks of a model: data, noise, velocity, flow or score.
-        fresh_noise: How much fresh noise a sampler's step draws, as the η of DDIM: 0 for none, 1 for that of the reverse
-            diffusion; ``None`` where it is neither.
-        solves_reverse_diffusion: A sampler whose steps follow the score that they are told with fresh noise, so that the
-            distribution of that score is kept.
-        steps_from_newest: Whether a sampler's step starts at its newest state, rather than at one that it kept, so that
-            moving the newest moves what follows.
+        fresh_noise: How much fresh noise a stochastic sampler's step draws, as the η of DDIM: 1 for that of the reverse
+            diffusion; ``None`` where it is no such share.
+        solves_reverse_diffusion: A sampler whose steps follow the score that they are told with fresh noise, so that
+            the distribution of that score is kept.
+        steps_from_newest: Whether a sampler's step starts at its newest state, rather than at one that it kept, so
+            that moving the newest moves what follows.
         descends: Whether a sampler takes each step from one level of the grid to the next; a chain does not.
         example: Options under which the conformance suites build and run it.
         exceptions: Conformance checks that it does not pass, each with the reason.

@@ -355,3 +355,103 @@ def test_what_was_measured_reaches_every_hook_with_a_row_a_candidate() -> None:
     grid = solver.grid(denoiser.path, Uniform())
     sample(denoiser, solver, grid, range(3), condition=CONDITION, guidance=[Sees()], observed=observed)
     assert set(shapes) == {(6, 1)}
+
+
+def test_each_guidance_of_a_chain_and_each_visit_of_a_step_has_numbers_of_its_own() -> None:
+    seen: dict[tuple[str, int], list[Tensor]] = {}
+
+    class Draws(Guidance):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            seen.setdefault((self.name, moment.index), []).append(moment.normal())
+            return state
+
+    class Back(Guidance):
+        def after_step(self, state: State, moment: Moment) -> State:
+            if moment.index == 2 and not moment.memory.get("repeated"):
+                moment.memory["repeated"] = True
+                return dataclasses.replace(state, index=state.index - 1)
+            return state
+
+    drawn([Draws("a"), Back(), Draws("b")])
+    assert len(seen["a", 2]) == len(seen["b", 2]) == 2
+    every = [each for numbers in seen.values() for each in numbers]
+    assert not any(torch.equal(every[i], every[j]) for i in range(len(every)) for j in range(i))
+    again = {name: list(numbers) for name, numbers in seen.items()}
+    seen.clear()
+    drawn([Draws("a"), Back(), Draws("b")])
+    for name, numbers in again.items():
+        for before, after in zip(numbers, seen[name], strict=True):
+            assert torch.equal(before, after)
+
+
+def test_what_the_network_said_stays_known_behind_others() -> None:
+    plain = []
+
+    class Sees(Guidance):
+        def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
+            plain.append((named["plain"], named["cond"]))
+            return named["cond"]
+
+    denoiser = Labelled()
+    drawn([Mix(3.0), Sees()], denoiser)
+    said, mixed = plain[1]
+    expected = denoiser.predict(said.x, said.level, CONDITION).data
+    torch.testing.assert_close(said.data, expected)
+    assert not torch.allclose(mixed.data, expected)
+
+
+def test_a_gradient_can_be_had_at_every_evaluation_and_the_sampler_sees_none() -> None:
+    found = []
+
+    class Each(Guidance):
+        needs_every_gradient = True
+
+        def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
+            cond = named["cond"]
+            (gradient,) = torch.autograd.grad(cond.data.sum(), cond.x, retain_graph=True)
+            found.append(gradient)
+            return cond
+
+        def after_step(self, state: State, moment: Moment) -> State:
+            assert not state.x.requires_grad
+            return state
+
+    guided = drawn([Each()], GaussianMixture(), Heun, None)
+    assert len(found) == guided.evaluations == 2 * GRID_STEPS - 1
+    assert all(bool(each.isfinite().all()) and float(each.abs().max()) > 0 for each in found)
+
+
+def test_questions_at_the_state_are_told_the_time_that_the_sampler_tells() -> None:
+    times = []
+
+    class Late(Euler):
+        def step(self, state, predict, grid):  # type: ignore[no-untyped-def]
+            here, there = grid[state.index], grid[state.index + 1]
+            found = predict(state.x, here, network_time=here.t / 2)
+            return state.next(there.alpha * found.data + there.sigma * found.noise)
+
+    class Timed(Labelled):
+        def output(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor] | None) -> Tensor:
+            times.append(float(t[0]))
+            return super().output(x, t, condition)
+
+    class Asks(Guidance):
+        def correct(self, prediction: Prediction, moment: Moment) -> Prediction:
+            moment.predict(moment.x, moment.level, moment.condition)
+            return prediction
+
+    drawn([Asks()], Timed(), Late)
+    assert times[0::2] == times[1::2]
+    assert times[0] == 0.5
+
+
+def test_the_start_is_where_the_last_run_began() -> None:
+    class Moves(Guidance):
+        def around(self, run, start, moment):  # type: ignore[no-untyped-def]
+            run(start)
+            return run(2 * start)
+
+    torch.testing.assert_close(drawn([Moves()]).start, 2 * drawn([]).start)

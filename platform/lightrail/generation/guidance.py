@@ -22,6 +22,11 @@ __all__ = ["Guidance", "Moment"]
 
 Run = Callable[[Tensor], State]
 
+# Random numbers of a step by draw: below, those of samplers; then a thousand for each guidance of a chain, and the same
+# again for each time that the step is taken again.
+GUIDANCE_DRAWS = 1000
+VISIT_DRAWS = 1_000_000
+
 
 def _uncounted(evaluations: int) -> None:
     pass
@@ -29,14 +34,14 @@ def _uncounted(evaluations: int) -> None:
 
 @dataclass
 class Moment:
-    """What guidance sees of one evaluation.
+    """What one guidance of a chain sees of one evaluation.
 
     Args:
         denoiser: The network on its path.
         condition: What steers the samples, one row each.
         grid: The levels of the run.
         index: The step that is being taken.
-        noise: Random numbers by sample and step; draws from :attr:`FIRST_DRAW` on are guidance's own.
+        noise: Random numbers by sample and step; :meth:`normal` and :meth:`uniform` are guidance's own.
         x: The states that the network is asked about, ``[B, …]``.
         level: Their level of noise.
         memory: What this guidance carries from one evaluation to the next: tensors with one row a sample, or plain
@@ -46,9 +51,9 @@ class Moment:
         resample: Chooses rows of a state, and of all that guidance remembers: ``resample(state, rows)``.
         observed: What was measured of the samples that are sought, where something was.
         count: Adds to the number of evaluations of each sample.
+        network_time: The time that the network is told at ``x``, where it is not the level's.
+        first_draw: The first of the random numbers of this guidance at this visit of the step.
     """
-
-    FIRST_DRAW: ClassVar[int] = 1000
 
     denoiser: Denoiser
     condition: Condition | None
@@ -62,14 +67,22 @@ class Moment:
     resample: Callable[[State, Tensor], State] = State.select
     observed: Observed | None = None
     count: Callable[[int], None] = _uncounted
+    network_time: Tensor | float | None = None
+    first_draw: int = GUIDANCE_DRAWS
 
     def normal(self, draw: int = 0) -> Tensor:
-        """Standard normal numbers of this step that no sampler uses, ``[B, …]``."""
-        return self.noise.normal(self.index, self.FIRST_DRAW + draw)
+        """Standard normal numbers of this step, ``[B, …]``, that no sampler and no other guidance uses.
+
+        A step that is taken again has others.
+
+        Args:
+            draw: Which, from 0 to 999.
+        """
+        return self.noise.normal(self.index, self.first_draw + draw)
 
     def uniform(self, draw: int = 0, shape: Sequence[int] = ()) -> Tensor:
-        """Numbers in [0, 1) of this step that no sampler uses, ``[B, *shape]``."""
-        return self.noise.uniform(self.index, self.FIRST_DRAW + draw, shape)
+        """Numbers in [0, 1) of this step, ``[B, *shape]``, as :meth:`normal` has them."""
+        return self.noise.uniform(self.index, self.first_draw + draw, shape)
 
     def predict(
         self,
@@ -88,7 +101,8 @@ class Moment:
             denoiser: Another network.
         """
         self.count(max(1, len(x) // len(self.x)))
-        return (denoiser or self.denoiser).predict(x, level, condition)
+        time = self.network_time if level is self.level and len(x) == len(self.x) else None
+        return (denoiser or self.denoiser).predict(x, level, condition, time)
 
     def gradient(self, losses: Callable[[Prediction], Tensor]) -> tuple[Tensor, Tensor]:
         """The gradient of a loss of what the network says, through the network, at the state of this step.
@@ -114,6 +128,8 @@ class Guidance:
             and names of its own, which :meth:`evaluate` answers.
         needs_gradient: Whether :meth:`Moment.gradient` is asked for; the first evaluation of each step then keeps its
             graph.
+        needs_every_gradient: Whether :meth:`mix` or :meth:`correct` take gradients at every evaluation; each then keeps
+            its graph to ``prediction.x``.
         needs_measurement: Whether it steers towards what was measured, ``moment.observed``.
         population: How many samples, one after the other, are drawn together and share what they are steered by.
         candidates: How many states are carried along for each sample, one after the other; the first of them, when all
@@ -123,6 +139,7 @@ class Guidance:
     traits: ClassVar[Traits] = Traits()
     asks: tuple[str, ...] = ()
     needs_gradient: bool = False
+    needs_every_gradient: bool = False
     needs_measurement: bool = False
     population: int = 1
     candidates: int = 1
@@ -152,7 +169,8 @@ class Guidance:
         """One prediction from several.
 
         Args:
-            named: ``cond``, as those before it in the chain left it, and what it asks.
+            named: ``cond``, as those before it in the chain left it, ``plain``, as the network said it, and what it
+                asks.
             moment: Where.
         """
         return named["cond"]

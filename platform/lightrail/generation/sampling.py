@@ -30,7 +30,7 @@ class Sampled:
 
     Args:
         x: The states at the end, ``[B, *shape]``, not decoded.
-        start: Those that it began with.
+        start: Those that it began with; where guidance ran it several times, those of the last run.
         evaluations: How often the network was asked for each sample.
     """
 
@@ -94,14 +94,19 @@ def sample(
         state = evaluator.after_step(state) if guidance else state
         return state if after_step is None else after_step(state)
 
+    started = begin
+
     def once(states: Tensor) -> State:
+        nonlocal started
+        started = states
         evaluator.begin()
         return sampler.solve(sampler.start(states, noise, grid), evaluator, grid, after)
 
     run: Callable[[Tensor], State] = once
     for number, each in reversed(list(enumerate(guidance))):
         run = partial(_around, each, evaluator, number, run)
-    return Sampled(run(begin).x[::candidates], x, evaluator.evaluations * candidates)
+    found = run(begin).x[::candidates]
+    return Sampled(found, started[::candidates], evaluator.evaluations * candidates)
 
 
 def _around(each: Guidance, evaluator: Evaluator, number: int, run: Callable[[Tensor], State], start: Tensor) -> State:

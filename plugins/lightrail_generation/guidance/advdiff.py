@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError
-from lightrail.generation import Denoiser, Generated, Guidance, Moment, Sampler, SamplerWrapper, State
+from lightrail.generation import Denoiser, Generated, Guidance, Moment, Sampler, State
 from lightrail.generation.guidance import Run
 from lightrail.options import at_least, between, non_negative
 from lightrail.traits import Traits
 from lightrail_generation.guidance.classifier import labels_of
 from lightrail_generation.guidance.judges import Classifier, LoadRun
-from lightrail_generation.samplers.dmcmc import DMCMC
 from lightrail_generation.samplers.pndm import FPNDM, PLMS
 
 __all__ = ["AdvDiff", "refuse_unmovable", "runner_up"]
@@ -43,13 +42,12 @@ def refuse_unmovable(sampler: Sampler, name: str) -> None:
         CompositionError: Its states each have a level of their own, or it starts with a Runge-Kutta step, and would
             take one after every move.
     """
-    while isinstance(sampler, SamplerWrapper):
-        sampler = sampler.sampler
-    starts_slowly = isinstance(sampler, FPNDM) or (isinstance(sampler, PLMS) and sampler.warmup != "adams")
-    if isinstance(sampler, DMCMC) or starts_slowly:
+    solver = sampler.solver
+    starts_slowly = isinstance(solver, FPNDM) or (isinstance(solver, PLMS) and solver.warmup != "adams")
+    if not solver.card.descends or starts_slowly:
         raise CompositionError(
             f"{name} moves states between steps, and this sampler cannot go on from there",
-            found=f"sampler {type(sampler).__name__}",
+            found=f"sampler {type(solver).__name__}",
             allowed="a sampler whose samples share a level, and whose first step is like any other",
             remedy="Choose +sampler=ddim, +sampler=dpm_solver_pp or +sampler=plms.",
         )

@@ -48,7 +48,7 @@ def with_score(prediction: Prediction, gradient: Tensor, scale: float, max_rho: 
 def gradient_through(prediction: Prediction, moment: Moment, log_h: Callable[[Tensor], Tensor]) -> Tensor:
     """∇_x log h(D(x)), through the network, ``[B, …]``.
 
-    The first evaluation of a step keeps its graph; at a later one the network is asked once more, for this alone.
+    Where an evaluation has kept no graph, the network is asked once more, for this alone.
 
     Args:
         prediction: D, as guidance earlier in the chain left it.
@@ -203,7 +203,7 @@ class ClassifierGuidance(LikelihoodGuidance):
         self.classifier = Classifier(run, function, load_run)
         self.label = label
         self.on = on
-        self.needs_gradient = on == "data" and scale != 0
+        self.needs_every_gradient = on == "data" and scale != 0
         self._denoiser: Denoiser | None = None
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:

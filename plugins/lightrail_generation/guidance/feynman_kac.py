@@ -146,7 +146,7 @@ class FeynmanKac(Guidance):
     def evaluate(self, name: str, moment: Moment) -> Prediction:
         assert self.other is not None
         knows_it = self.other.classes == moment.denoiser.classes
-        return self.other.predict(moment.x, moment.level, moment.condition if knows_it else None)
+        return self.other.predict(moment.x, moment.level, moment.condition if knows_it else None, moment.network_time)
 
     def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
         cond = named["cond"]

@@ -252,7 +252,7 @@ class FindNoise(Guidance):
 
         for iteration in range(self.iterations):
             # Of the step of the starting noise, so that no sampler draws the same on its way.
-            fresh = moment.noise.normal(-1, moment.FIRST_DRAW + iteration)
+            fresh = moment.noise.normal(-1, moment.first_draw + iteration)
             actions = policy.sampled(self._grouped(fresh.double()))
             samples = moment.denoiser.decode(played(actions).x)
             rewards = self.reward.needs_no_gradient(samples).double().to(start.device)

@@ -24,7 +24,6 @@ from lightrail_generation.samplers.momentum import GHVB, HeavyBall, Nesterov
 __all__ = ["RegionalEta", "box_mask", "turned"]
 
 # Its draws are apart from those of other guidance at the same step.
-FIRST_DRAW = 400
 
 CARRIERS_OF_NOISE = {
     DPMSolverV3: "which carries along what it saw behind earlier noise",
@@ -138,8 +137,7 @@ class RegionalEta(Guidance):
         went_back = state.index <= moment.index  # another guidance has: those steps will be taken again
         if not self.eta or there.is_clean or went_back or prediction is None:
             return state
-        calls = moment.memory["calls"] = moment.memory.get("calls", 0) + 1  # a step may be taken more than once
-        z = moment.normal(FIRST_DRAW + calls)
+        z = moment.normal()
         share = self.eta * self._mask_of(moment.denoiser) * _fresh(moment.level, there)
         x = (state.x.double() + there.sigma * turned(prediction.noise, z, share)).to(state.x.dtype)
         history = tuple(_with_noise_turned(each, z, share) for each in state.history)

@@ -79,7 +79,7 @@ class RewardGuidance(LikelihoodGuidance):
     ) -> None:
         super().__init__(scale, max_rho)
         self.reward = Reward(function)
-        self.needs_gradient = scale != 0
+        self.needs_every_gradient = scale != 0
 
     def log_gradient(self, prediction: Prediction, moment: Moment) -> Tensor:
         decode = moment.denoiser.decode

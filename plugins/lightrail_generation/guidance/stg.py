@@ -30,9 +30,8 @@ class STG(Guidance):
 
     D = D_g + k (D_c − D_skip), for f > 0 times f std(D_c)/std(D) + 1 − f
 
-    D_c is the conditional prediction, D_skip the same without the layers, and D_g what the guidance behind it makes:
-    alone D_c, with ``cfg`` uncond + w (cond − uncond). **Put it before cfg**: ``guidance=[stg,cfg]``. Behind it, D_c is
-    what ``cfg`` made, and the difference grows with both. One evaluation is added.
+    D_c is the conditional prediction, D_skip the same without the layers, and D_g what the whole chain makes: alone
+    D_c, with ``cfg``, before or behind it, uncond + w (cond − uncond). One evaluation is added.
 
     Args:
         scale: k, at least 0; 0 is the run without it.
@@ -110,11 +109,11 @@ class STG(Guidance):
     def evaluate(self, name: str, moment: Moment) -> Prediction:
         """What the network says without the layers."""
         with skipping(self._chosen(moment.denoiser), self.mode):
-            return moment.denoiser.predict(moment.x, moment.level, moment.condition)
+            return moment.denoiser.predict(moment.x, moment.level, moment.condition, moment.network_time)
 
     def mix(self, named: Mapping[str, Prediction], moment: Moment) -> Prediction:
         """Keeps both predictions until all others are mixed."""
-        moment.memory["cond"], moment.memory["skip"] = named["cond"], named["skip"]
+        moment.memory["cond"], moment.memory["skip"] = named["plain"], named["skip"]
         return named["cond"]
 
     def correct(self, prediction: Prediction, moment: Moment) -> Prediction:

@@ -13,13 +13,11 @@ from lightrail.generation import Denoiser, Guidance, Level, Moment, Noise, Sampl
 from lightrail.options import at_least, between
 from lightrail.traits import Traits
 from lightrail_generation.samplers.bdia import BDIA
-from lightrail_generation.samplers.dmcmc import DMCMC
 from lightrail_generation.samplers.usf import USF
 
 __all__ = ["TimeTravel", "renoised"]
 
 # Its draws are apart from those of other guidance at the same step.
-FIRST_DRAW = 500
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -130,7 +128,7 @@ class TimeTravel(Guidance):
             return state
         moment.memory["done"] = done + 1
         index = state.index - self.length
-        z = moment.normal(FIRST_DRAW + done)
+        z = moment.normal()
         x = renoised(state.x, moment.grid[state.index], moment.grid[index], z)
         return dataclasses.replace(state, x=x, index=index, noise=_reseeded(state.noise), history=(), memory={})
 
@@ -144,7 +142,7 @@ def _why_it_cannot_go_back(solver: Sampler) -> str:
     """What it carries from step to step that would be left behind; nothing for most."""
     if isinstance(solver, BDIA):
         return "which steps from the state before the last"
-    if isinstance(solver, DMCMC):
+    if not solver.card.descends:
         return "whose samples are at levels of their own"
     if isinstance(solver, USF) and any(entry.back or entry.corrector for entry in solver.schedule):
         return "whose schedule looks back at earlier states"

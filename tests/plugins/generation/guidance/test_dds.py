@@ -154,7 +154,7 @@ def test_the_noise_follows_where_that_is_asked():
         UniPC(12, order=3),
         DEIS(12),
         FPNDM(12),
-        EDMHeun(12, s_churn=4.0),
+        EDMHeun(12),
         FlowHeun(12),
         TimeShift(DDIM(12)),
     ],

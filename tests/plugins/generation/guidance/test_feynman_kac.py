@@ -249,7 +249,7 @@ def test_a_product_of_models_that_do_not_fit_is_refused(other):
         {"target": "reward"},
         {"target": "cfg", "function": print},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_bad_options(options):
     with pytest.raises(ConfigurationError) as caught:

@@ -199,18 +199,12 @@ def test_alone_it_is_c_plus_k_times_the_difference(dit, mode):
     torch.testing.assert_close(found.noise, cond.noise + 1.7 * (cond.noise - skip.noise), rtol=1e-11, atol=1e-11)
 
 
-def test_before_cfg_both_differences_are_added(dit):
+@pytest.mark.parametrize("chain", [[STG(scale=0.8), CFG(3.0)], [CFG(3.0), STG(scale=0.8)]], ids=["before", "behind"])
+def test_beside_cfg_both_differences_are_added_in_either_order(dit, chain):
     x, level, cond, skip, uncond = parts(dit, ["blocks.1"])
-    found = one_evaluation(dit, [STG(scale=0.8), CFG(3.0)], x, level)
+    found = one_evaluation(dit, chain, x, level)
     wanted = uncond.data + 3.0 * (cond.data - uncond.data) + 0.8 * (cond.data - skip.data)
     torch.testing.assert_close(found.data, wanted, rtol=1e-11, atol=1e-11)
-
-
-def test_behind_cfg_the_difference_is_that_of_what_cfg_made(dit):
-    x, level, cond, skip, uncond = parts(dit, ["blocks.1"])
-    found = one_evaluation(dit, [CFG(3.0), STG(scale=0.8)], x, level)
-    guided = uncond.data + 3.0 * (cond.data - uncond.data)
-    torch.testing.assert_close(found.data, guided + 0.8 * (guided - skip.data), rtol=1e-11, atol=1e-11)
 
 
 def test_rescaling_brings_the_deviation_of_each_sample_back(dit):
