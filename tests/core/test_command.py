@@ -77,6 +77,16 @@ class TestListing:
         assert "data of" in out
         assert "logger of" in out
 
+    def test_a_card_is_in_words(self, capsys: Captured) -> None:
+        main(["plugins", "apg"])
+        out = capsys.readouterr().out
+        assert "  claim: at a scale of 8, samples are less saturated" in out
+        assert "{" not in out
+        main(["plugins", "bdia"])
+        assert "steps from earlier states" in capsys.readouterr().out
+        main(["plugins", "ddpm"])
+        assert "fresh noise: η = 1" in capsys.readouterr().out
+
     def test_an_unknown_one(self, capsys: Captured) -> None:
         assert main(["plugins", "sofia"]) == 2
         captured = capsys.readouterr()

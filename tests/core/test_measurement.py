@@ -190,6 +190,25 @@ def test_what_was_measured_elsewhere_is_read_and_used_in_turn(tmp_path: Any) -> 
     torch.testing.assert_close(found.value, torch.tensor([[0.4], [0.2]]))
 
 
+def test_a_picture_of_what_was_seen_is_read_where_the_operator_knows_how(tmp_path: Any) -> None:
+    class Top(Mean):
+        """The upper half."""
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x[:, :, :2].flatten(1)
+
+        def from_picture(self, picture: Tensor) -> Tensor:
+            return self.apply(picture)
+
+    pixels = np.arange(0, 160, 10, dtype=np.uint8).reshape(4, 4)
+    Image.fromarray(pixels).save(tmp_path / "seen.png")
+    request = {**NOTHING, "observed": str(tmp_path / "seen.png")}
+    found = Observations(Top(), Images(), request, count=1, seed=1).of([0])
+    torch.testing.assert_close(found.value[0], torch.from_numpy(pixels[:2].flatten() / 255.0).float())
+    with pytest.raises(CompositionError, match="cannot be read from a picture"):
+        Observations(Mean(), Images(), request, count=1, seed=1)
+
+
 def refused(tmp_path: Any, key: str, name: str, content: Any) -> DataError:
     if isinstance(content, np.ndarray) and name.endswith(".npy"):
         np.save(tmp_path / name, content)

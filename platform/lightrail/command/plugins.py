@@ -271,6 +271,10 @@ def _spent(label: str, passes: float | None) -> list[str]:
 _UNSHOWN = ("example", "exceptions")
 _WORDS: dict[str, Callable[[str, Any], list[str]]] = {
     "claim": _claimed,
+    "sampling_claims": lambda label, claims: [f"claim: {claim['sentence']}" for claim in claims],
+    "steps_from_newest": lambda label, _: ["steps from earlier states than its newest"],
+    "descends": lambda label, _: ["a chain, which does not go down the grid level by level"],
+    "fresh_noise": lambda label, share: [] if share is None else [f"fresh noise: η = {share:g}"],
     "peers": lambda label, peers: [f"measured beside: {', '.join(peer['target'] for peer in peers)}"],
     "state": _kept,
     "extra_evaluations": _spent,

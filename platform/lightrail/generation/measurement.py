@@ -64,6 +64,19 @@ class Measurement(ABC):
         """What was measured, as samples that can be shown: Aᵀ y, where an operator knows no better."""
         return self.adjoint(y)
 
+    def from_picture(self, picture: Tensor) -> Tensor:
+        """y, from samples in which what was measured can be seen, ``[B, *shape]``, as with a masked photograph.
+
+        Raises:
+            CompositionError: It cannot be seen in a sample.
+        """
+        raise CompositionError(
+            f"what {type(self).__name__} measures cannot be read from a picture of a sample",
+            found="generate.observed with the size of a sample",
+            allowed="what the operator measures",
+            remedy="Give that, as an image or an array of its size; or generate.image for a sample to be measured.",
+        )
+
     def observe(self, samples: Tensor, noise: Noise) -> Tensor:
         """y = A x + s z, the same for a sample in any batch.
 

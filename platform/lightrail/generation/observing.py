@@ -45,9 +45,11 @@ class Observations:
         self._truth: Tensor | None = None
         if request["observed"] is not None:
             measured = tuple(operator.apply(torch.zeros((1, *shape))).shape[1:])
-            self._values = _read(Path(request["observed"]), measured, "generate.observed")
+            found = _read(Path(request["observed"]), (measured, shape), "generate.observed")
+            is_picture = tuple(found.shape[1:]) != measured
+            self._values = operator.from_picture(found) if is_picture else found
         elif request["image"] is not None:
-            self._truth = _read(Path(request["image"]), shape, "generate.image")
+            self._truth = _read(Path(request["image"]), (shape,), "generate.image")
         else:
             self._truth = denoiser.examples(count).to(self._dtype)
 
@@ -74,8 +76,8 @@ def sample_shape(denoiser: Denoiser) -> tuple[int, ...]:
         return tuple(denoiser.decode(zeros).shape[1:])
 
 
-def _read(path: Path, shape: tuple[int, ...], key: str) -> Tensor:
-    """The images or arrays of a file or of a folder, ``[N, *shape]``."""
+def _read(path: Path, shapes: Sequence[tuple[int, ...]], key: str) -> Tensor:
+    """The images or arrays of a file or of a folder, ``[N, …]``, all of one of the shapes."""
     files = (
         sorted(each for each in path.iterdir() if each.suffix.lower() in (*IMAGES, *ARRAYS))
         if path.is_dir()
@@ -88,7 +90,9 @@ def _read(path: Path, shape: tuple[int, ...], key: str) -> Tensor:
             allowed=f"a file or a folder of files that end in {', '.join((*IMAGES, *ARRAYS))}",
             remedy=f"Set {key} to an image of yours.",
         )
-    found = torch.cat([_read_one(file, shape, key) for file in files])
+    first = _read_one(files[0], shapes, key)
+    rest = [_read_one(file, (tuple(first.shape[1:]),), key) for file in files[1:]]
+    found = torch.cat([first, *rest])
     if not bool(found.isfinite().all()):
         raise DataError(
             f"{key} holds numbers that are not finite",
@@ -99,9 +103,10 @@ def _read(path: Path, shape: tuple[int, ...], key: str) -> Tensor:
     return found
 
 
-def _read_one(file: Path, shape: tuple[int, ...], key: str) -> Tensor:
+def _read_one(file: Path, shapes: Sequence[tuple[int, ...]], key: str) -> Tensor:
+    is_grey = all(len(shape) == 3 and shape[0] == 1 for shape in shapes if len(shape) == 3)
     read: Callable[[], Tensor] = {".npy": lambda: _array(file), ".safetensors": lambda: _tensor(file)}.get(
-        file.suffix.lower(), lambda: _image(file, shape)
+        file.suffix.lower(), lambda: _image(file, is_grey)
     )
     try:
         found = read()
@@ -112,26 +117,26 @@ def _read_one(file: Path, shape: tuple[int, ...], key: str) -> Tensor:
             allowed=f"an image, or an array in a file that ends in {', '.join(ARRAYS)}",
             remedy=f"Set {key} to a file that opens elsewhere.",
         ) from error
-    found = found[None] if found.shape == shape else found
-    if tuple(found.shape[1:]) != shape:
+    found = found[None] if tuple(found.shape) in shapes else found
+    if tuple(found.shape[1:]) not in shapes:
         raise DataError(
             f"{key} has another size than the model's samples"
             if key == "generate.image"
             else f"{key} is not what the operator measures",
             found=f"{file} of shape {tuple(found.shape)}",
-            allowed=f"{shape}" + (" (channels, height, width)" if len(shape) == 3 else ""),
+            allowed=" or ".join(f"{shape}{' (channels, height, width)' * (len(shape) == 3)}" for shape in shapes),
             remedy="Scale or crop the image to that size, or choose a model of that size.",
         )
     return found
 
 
-def _image(file: Path, shape: tuple[int, ...]) -> Tensor:
+def _image(file: Path, is_grey: bool) -> Tensor:
     """An image in [0, 1], ``[channels, height, width]``, grey where the model is."""
     import numpy as np
     from PIL import Image
 
     with Image.open(file) as opened:
-        pixels = np.asarray(opened.convert("L" if len(shape) == 3 and shape[0] == 1 else "RGB"))
+        pixels = np.asarray(opened.convert("L" if is_grey else "RGB"))
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 

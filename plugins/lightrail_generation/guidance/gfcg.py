@@ -20,8 +20,23 @@ _TRAINED = {
     "digits": ("experiment=digits_diffusion", "trainer.max_epochs=20"),
     "judge": ("trainer.max_epochs=5",),
 }
-_GFCG = ("guidance.gfcg.run={judge}", "guidance.gfcg.scale=6")
+_GFCG = ("+guidance=[gfcg]", "guidance.gfcg.run={judge}")
 _COUNT = ("generate.count=1000", "generate.batch_size=500")
+_CLAIMS = tuple(
+    SamplingClaim(
+        f"of a briefly trained model, at a scale of {scale} {promise} than with classifier-free guidance at {other}",
+        metric=metric,
+        overrides=("run={digits}", *_GFCG, f"guidance.gfcg.scale={scale}", *_COUNT),
+        baseline=("run={digits}", "+guidance=[cfg]", f"guidance.cfg.scale={other}", *_COUNT),
+        is_higher_better=is_higher_better,
+        trained=_TRAINED,
+    )
+    for scale, other, metric, promise, is_higher_better in (
+        (6, 1.5, "accuracy", "more samples are of the wanted class", True),
+        (6, 1.5, "frechet", "samples are nearer to the data", False),
+        (3, 3, "accuracy", "more samples are of the wanted class", True),
+    )
+)
 
 
 def reference_and_doubt(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,20 +104,7 @@ class GFCG(Guidance):
         paper="R. Shenoy, Z. Pan, K. Balakrishnan, Q. Cheng, Y. Jeon, H. Yang, J. Kim, 2024, Gradient-Free Classifier "
         "Guidance for Diffusion Model Sampling, arXiv 2411.15393",
         example={"function": "lightrail_generation.guidance.mixture_classifier.MixtureClassifier"},
-        sampling_claims=tuple(
-            SamplingClaim(
-                f"of a model that trained briefly, at a scale of 6 {promise} than with classifier-free guidance at 1.5",
-                metric=metric,
-                overrides=("run={digits}", "+guidance=[gfcg]", *_GFCG, *_COUNT),
-                baseline=("run={digits}", "+guidance=[cfg]", "guidance.cfg.scale=1.5", *_COUNT),
-                is_higher_better=is_higher_better,
-                trained=_TRAINED,
-            )
-            for metric, promise, is_higher_better in (
-                ("accuracy", "more samples are of the wanted class", True),
-                ("frechet", "samples are nearer to the data", False),
-            )
-        ),
+        sampling_claims=_CLAIMS,
     )
 
     def __init__(

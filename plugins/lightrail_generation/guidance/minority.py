@@ -158,7 +158,8 @@ class Minority(LikelihoodGuidance):
 
     def prepare(self, denoiser: Denoiser, sampler: Sampler) -> None:
         super().prepare(denoiser, sampler)
-        self._fit(denoiser)
+        if denoiser is not self._denoiser:
+            self._fit(denoiser)
 
     def log_gradient(self, prediction: Prediction, moment: Moment) -> Tensor:
         if self._classifier is None:

@@ -186,6 +186,10 @@ class Inpaint(Measurement):
         """What was seen, with grey where nothing was."""
         return self.adjoint(y) + 0.5 * (~self.seen).to(y.device, y.dtype)
 
+    def from_picture(self, picture: Tensor) -> Tensor:
+        """The entries that are seen; what stands in the place of the others does not matter."""
+        return self.apply(picture)
+
 
 def _check_box(box: Sequence[float]) -> None:
     is_four = len(box) == 4 and all(0 <= each <= 1 for each in box)

@@ -93,11 +93,12 @@ def measure_claims(kind: str, only: Sequence[str], seeds: int, folder: Path) -> 
     path = folder / f"{kind}.json"
     record = _read(path)
     wanted = wanted_claims(kind, only)
+    generations = _Generations(folder / "runs")
     for each in wanted:
         if each.key in record and len(record[each.key].values) == seeds:
             continue
         try:
-            found = _measured(each, seeds, folder)
+            found = _measured(each, seeds, folder, generations)
         except UserError as error:
             found = dataclasses.replace(each, refused=f"{error.what}: {error.found}")
         record[each.key] = found
@@ -109,18 +110,18 @@ def measure_claims(kind: str, only: Sequence[str], seeds: int, folder: Path) -> 
     return found
 
 
-def _measured(each: Sampled, seeds: int, folder: Path) -> Sampled:
+def _measured(each: Sampled, seeds: int, folder: Path, generations: _Generations) -> Sampled:
     claim = each.claim
-    runs = {name: _trained(words, folder / "runs") for name, words in claim.trained.items()}
+    runs = {name: _trained(words, generations.root) for name, words in claim.trained.items()}
     values, baselines = [], []
     for seed in range(1, seeds + 1):
         compares = claim.baseline is None
-        summary, samples = _generated(claim.overrides, runs, seed, folder / "runs", compares=compares)
+        summary, samples = generations.made(claim.overrides, runs, seed, compares=compares)
         values.append(_value(summary, claim.metric))
         if claim.baseline is None:
             beside, others = summary["unguided"], None
         else:
-            beside, others = _generated(claim.baseline, runs, seed, folder / "runs", compares=False)
+            beside, others = generations.made(claim.baseline, runs, seed, compares=False)
         baselines.append(_value(beside, claim.metric))
         if seed == 1:
             _picture(samples, others, folder / each.kind / each.picture)
@@ -139,20 +140,32 @@ def _trained(words: Sequence[str], root: Path) -> Path:
     return folder
 
 
-def _generated(
-    words: Sequence[str], runs: Mapping[str, Path], seed: int, root: Path, *, compares: bool
-) -> tuple[dict[str, Any], Path | None]:
-    """The summary of a generation, and its picture."""
-    from lightrail.generation.execution import generate
+class _Generations:
+    """The generations of a bench; what several claims are about is made once.
 
-    named = {name: str(path.resolve()) for name, path in runs.items()}
-    told = [word.format(**named) for word in words]
-    result = generate(
-        [*told, *QUIET, f"seed={seed}", f"run.root={root}", f"generate.compare={str(compares).lower()}"],
-        show_progress=False,
-    )
-    picture = result.folder / "samples.png"
-    return dict(result.summary), picture if picture.is_file() else None
+    Args:
+        root: Where their run folders go.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: dict[tuple[str, ...], tuple[dict[str, Any], Path | None]] = {}
+
+    def made(
+        self, words: Sequence[str], runs: Mapping[str, Path], seed: int, *, compares: bool
+    ) -> tuple[dict[str, Any], Path | None]:
+        """The summary of a generation, and its picture."""
+        from lightrail.generation.execution import generate
+
+        named = {name: str(path.resolve()) for name, path in runs.items()}
+        told = [word.format(**named) for word in words]
+        told += [*QUIET, f"seed={seed}", f"run.root={self.root}", f"generate.compare={str(compares).lower()}"]
+        key = tuple(told)
+        if key not in self._made:
+            result = generate(told, show_progress=False)
+            picture = result.folder / "samples.png"
+            self._made[key] = dict(result.summary), picture if picture.is_file() else None
+        return self._made[key]
 
 
 def _value(summary: Mapping[str, Any], metric: str) -> float:
