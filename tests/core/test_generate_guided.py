@@ -194,6 +194,16 @@ def test_what_cannot_work_with_a_measurement_is_named() -> None:
         generate([*MIXTURE, meets, first, "generate.image=three.npy"], show_progress=False)
 
 
+def test_words_that_nothing_would_come_of_are_refused() -> None:
+    shift, meets, first = f"+guidance=[{mine('Shift')}]", f"+guidance=[{mine('Meets')}]", f"measurement={mine('First')}"
+    with pytest.raises(CompositionError, match="without guidance"):
+        compose_generation([*MIXTURE, shift, "generate.invert=somewhere"])
+    with pytest.raises(CompositionError, match="nothing measures it"):
+        compose_generation([*MIXTURE, "generate.image=photo.png"])
+    with pytest.raises(CompositionError, match="not clear what was measured"):
+        compose_generation([*MIXTURE, meets, first, "generate.image=a.png", "generate.observed=b.png"])
+
+
 def test_what_is_measured_is_a_group_of_its_own_behind_a_short_form() -> None:
     assert normalised(["generate.measurement=blur", "+generate.measurement.size=3", "generate.count=2"]) == [
         "measurement=blur",

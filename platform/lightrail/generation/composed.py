@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightrail.errors import CompositionError
+from lightrail.generation.chosen import made
 from lightrail.generation.denoiser import Denoiser
 from lightrail.generation.guidance import Guidance
 from lightrail.generation.measurement import Measurement
-from lightrail.generation.observing import sample_shape
 from lightrail.generation.sampler import Sampler, SamplerWrapper
 from lightrail.generation.sampling import check_fit
+from lightrail.generation.steering import chosen_guidance, chosen_measurement, refuse_what_is_not_read
 from lightrail.generation.text import TextModel, TokenSampler
 from lightrail.generation.time_grid import Grid, TimeGrid
 from lightrail.generation.trained_run import TrainedRun, load_trained
@@ -138,16 +139,17 @@ def compose_generation(
     if resolved.one("time_grid") is None:
         name = sampler.grid_name
         composition, resolved = _with(words, chosen, f"time_grid={name}", config_name, dirs)
-    times = _made(resolved, "time_grid", TimeGrid)
+    times = made(resolved, "time_grid", TimeGrid)
     chosen_sampler = resolved.one("sampler")
     check_fit(model, sampler, None if chosen_sampler is None else chosen_sampler.options)
     sampler.prepare(model)
     grid = sampler.grid(model.path, times)
-    made = _generation(composition, model, sampler, times, grid, trained, chosen)
-    guidance = _guidance(resolved, model, sampler, partial(load_trained, root=config.run.root, config_dirs=dirs))
-    measurement = _measurement(resolved, model, guidance)
+    found = _generation(composition, model, sampler, times, grid, trained, chosen)
+    guidance = chosen_guidance(resolved, model, sampler, partial(load_trained, root=config.run.root, config_dirs=dirs))
+    refuse_what_is_not_read(found.request, guidance, resolved.one("measurement") is not None)
+    measurement = chosen_measurement(resolved, model, guidance)
     population = math.lcm(*(each.population for each in guidance))
-    return dataclasses.replace(made, guidance=guidance, measurement=measurement, population=population)
+    return dataclasses.replace(found, guidance=guidance, measurement=measurement, population=population)
 
 
 def _generation(
@@ -204,27 +206,11 @@ def _resolved(composition: Composition) -> Resolved:
     return Resolved(grouped, {each.path: import_target(each.target) for each in composition.chosen}, ())
 
 
-def _made(resolved: Resolved, kind: str, wanted: type) -> Any:
-    from lightrail.run.build import make
-
-    chosen = resolved.one(kind)
-    assert chosen is not None
-    made = make(resolved, chosen)
-    if not isinstance(made, wanted):
-        raise CompositionError(
-            f"what was chosen as {kind} is not a lightrail.{wanted.__name__}",
-            found=f"{type(made).__module__}.{type(made).__qualname__}",
-            allowed=f"a lightrail.{wanted.__name__}",
-            remedy=f"Choose another with {kind}=NAME, or let the class extend lightrail.{wanted.__name__}.",
-        )
-    return made
-
-
 def _model(resolved: Resolved, trained: TrainedRun | None, device: torch.device) -> Denoiser | TextModel:
     if trained is None:
-        made = _made(resolved, "denoiser", Denoiser)
-        made.to(device)
-        return made
+        found = made(resolved, "denoiser", Denoiser)
+        found.to(device)
+        return found
     task: Any = trained.task
     if callable(getattr(task, "denoiser", None)):
         task.to(device)
@@ -268,50 +254,6 @@ def _sampler(resolved: Resolved, model: Denoiser | TextModel) -> Sampler | Token
                 remedy="Leave it out, or let it extend lightrail.SamplerWrapper.",
             )
     return sampler
-
-
-def _guidance(
-    resolved: Resolved, model: Denoiser, sampler: Sampler, load_run: Callable[[str], TrainedRun]
-) -> tuple[Guidance, ...]:
-    from lightrail.run.build import make
-
-    chain = []
-    for each in resolved.chosen.get("guidance", ()):
-        guidance = make(resolved, each, {"load_run": load_run})
-        if not isinstance(guidance, Guidance):
-            raise CompositionError(
-                f"guidance '{each.name}' is not a lightrail.Guidance",
-                found=type(guidance).__name__,
-                allowed="a class that extends lightrail.Guidance",
-                remedy="Leave it out, or let it extend lightrail.Guidance.",
-            )
-        guidance.prepare(model, sampler)
-        chain.append(guidance)
-    return tuple(chain)
-
-
-def _measurement(resolved: Resolved, model: Denoiser, guidance: Sequence[Guidance]) -> Measurement | None:
-    """What is measured, checked: only where it is read, and only with an adjoint that is one."""
-    readers = [type(each).__name__ for each in guidance if each.needs_measurement]
-    chosen = resolved.one("measurement")
-    if (chosen is None) == bool(readers):
-        raise CompositionError(
-            f"{readers[0]} steers towards what was measured, and nothing was"
-            if readers
-            else "what is measured steers nothing",
-            found="no measurement" if chosen is None else f"measurement={chosen.name}",
-            allowed="a measurement together with guidance that reads it (dds, dps, mpgd, …)",
-            remedy="Choose one: generate.measurement=inpaint."
-            if readers
-            else "Add guidance that reads it: '+guidance=[dds]'.",
-        )
-    if chosen is None:
-        return None
-    measurement: Measurement = _made(resolved, "measurement", Measurement)
-    shape = sample_shape(model)
-    measurement.prepare(shape)
-    measurement.check_adjoint(shape)
-    return measurement
 
 
 def _refuse_for_text(resolved: Resolved) -> None:
