@@ -7,5 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "packaging")]
+# Begun first, so that no process is left alone with one of them at the end.
+LONG = ("test_readme_long.py", "test_readme.py", "test_conformance.py", "test_third_party.py", "test_kill.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 os.environ.setdefault("LIGHTRAIL_CACHE", tempfile.mkdtemp(prefix="lightrail-cache-"))

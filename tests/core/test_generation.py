@@ -164,12 +164,10 @@ def test_a_gradient_passes_through_a_conversion() -> None:
     torch.testing.assert_close(y.grad, torch.full_like(y, -level.sigma / level.alpha), rtol=1e-12, atol=0)
 
 
-def test_data_can_be_replaced_with_the_noise_kept_or_following() -> None:
+def test_where_data_are_replaced_the_noise_follows() -> None:
     level = LinearVP().level(0.5)
     x = torch.ones(1, 2, dtype=torch.float64)
-    before = Prediction(x, level, "data", 0.5 * x)
-    kept, following = before.with_data(0 * x, keep_noise=True), before.with_data(0 * x)
-    assert torch.equal(kept.noise, before.noise)
+    following = Prediction(x, level, "data", 0.5 * x).with_data(0 * x)
     torch.testing.assert_close(following.noise, x / level.sigma, rtol=1e-12, atol=0)
 
 

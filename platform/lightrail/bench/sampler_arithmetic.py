@@ -26,6 +26,7 @@ _Settings = Mapping[str, Any]
 # A sampler and a scheduler of the same method with the same order.
 _PAIRS: tuple[tuple[str, _Settings, str, _Settings], ...] = (
     ("ddim", {}, "DDIMScheduler", {"clip_sample": False}),
+    ("ddpm", {}, "DDPMScheduler", {"clip_sample": False}),
     ("edm_euler", {}, "EulerDiscreteScheduler", {}),
     ("edm_heun", {}, "HeunDiscreteScheduler", {}),
     ("dpm_solver", {"order": 2}, "KDPM2DiscreteScheduler", {}),

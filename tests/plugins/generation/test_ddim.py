@@ -197,7 +197,12 @@ def test_traits_follow_eta():
     noisy = traits_of(DDIM, {"eta": 1.0})
     assert noisy.is_stochastic
     assert not noisy.is_invertible
-    assert dataclasses.replace(noisy, is_stochastic=False, order=1, is_invertible=True) == DDIM.traits
+    assert noisy.fresh_noise == 1
+    assert noisy.solves_reverse_diffusion
+    assert not traits_of(DDIM, {"eta": 0.5}).solves_reverse_diffusion
+    same = {"is_stochastic": False, "order": 1, "is_invertible": True}
+    plain = dataclasses.replace(noisy, **same, fresh_noise=None, solves_reverse_diffusion=False)
+    assert plain == DDIM.traits
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightrail.errors import ConfigurationError
-from lightrail.generation import Evaluator, GaussianMixture, LinearFlow, Noise, Prediction, sample
+from lightrail.generation import Evaluator, GaussianMixture, Grid, LinearFlow, Noise, Prediction, sample
 from lightrail.traits import traits_of
 from lightrail_generation.samplers.dpm_solver_pp import DPMSolverPP, final_order, multistep_weights, thresholded
 from lightrail_generation.samplers.exponential import adams_weights
@@ -207,6 +207,26 @@ def test_single_counts_its_evaluations(order, end):
     assert bool(found.x.isfinite().all())
 
 
+@pytest.mark.parametrize("end", ["zero", "minimum", "denoise"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_fast_uses_the_evaluations_that_it_is_given(order, end):
+    for steps in range(4, 12):
+        sampler = DPMSolverPP(steps, order, "fast")
+        grid = sampler.grid(MIXTURE.path, UniformLambda(end=end))
+        found = sample(MIXTURE, sampler, grid, range(4), seed=1)
+        assert found.evaluations == sampler.evaluations(grid) == steps
+
+
+def test_fast_is_single_with_a_lower_order_at_the_end():
+    grid = DPMSolverPP(5, 3, "fast").grid(MIXTURE.path, Explicit([0.9, 0.5, 0.2]))
+    fast = sample(MIXTURE, DPMSolverPP(5, 3, "fast"), grid, range(4), start=START[:4]).x
+    first = DPMSolverPP(1, 3, "single", **PLAIN)
+    halfway = sample(MIXTURE, first, Grid(grid.path, grid.levels[:2]), range(4), start=START[:4]).x
+    last = DPMSolverPP(1, 2, "single", **PLAIN)
+    expected = sample(MIXTURE, last, Grid(grid.path, grid.levels[1:]), range(4), start=halfway).x
+    torch.testing.assert_close(fast, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_single_of_order_two_as_the_paper_writes_it():
     path = MIXTURE.path
     s, t = path.level(0.6), path.level(0.4)
@@ -292,7 +312,7 @@ def test_traits_follow_the_options():
         {"order": 0},
         {"order": 4},
         {"order": 1.5},
-        {"variant": "fast"},
+        {"variant": "adaptive"},
         {"solver_type": "heun"},
         {"third_order": "published"},
         {"dynamic_threshold": 0.0},
