@@ -17,6 +17,7 @@ BENCHES = {
     "step": "what a training step costs over plain PyTorch and bare Lightning, and what optimizers cost over AdamW",
     "optimizers": "what every optimizer's update costs, beside torch's AdamW and other libraries",
     "samplers": "how exact samplers are under a budget of evaluations and what their steps cost, beside diffusers",
+    "guidance": "what guidance costs beside the evaluations that it asks for, as a share of a network's own time",
     "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 

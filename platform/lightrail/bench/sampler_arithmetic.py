@@ -16,7 +16,7 @@ from lightrail.generation import Condition, Denoiser, Evaluator, Noise
 from lightrail.generation.gaussian_mixture import PATHS
 from lightrail.testing.solver_runs import EvenLambda
 
-__all__ = ["measure_arithmetic"]
+__all__ = ["SHAPE", "StillDenoiser", "measure_arithmetic"]
 
 STEPS = 20
 SHAPE = (3, 64, 64)
@@ -40,10 +40,15 @@ _PAIRS: tuple[tuple[str, _Settings, str, _Settings], ...] = (
 )
 
 
-class _Still(Denoiser):
-    """Answers every question with the same noise, at once."""
+class StillDenoiser(Denoiser):
+    """Answers every question with the same noise, at once, under any of ten classes or none.
+
+    Args:
+        batch: Samples at a time.
+    """
 
     form = "noise"
+    classes = 10
 
     def __init__(self, batch: int) -> None:
         self.path = PATHS["ddpm"]()
@@ -53,7 +58,10 @@ class _Still(Denoiser):
         self.answer = torch.randn((batch, *SHAPE), generator=generator)
 
     def output(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        return self.answer
+        return self.answer if len(x) == len(self.answer) else self.answer.repeat(len(x) // len(self.answer), 1, 1, 1)
+
+    def unconditional(self, condition: Condition | None) -> Condition | None:
+        return None if condition is None else {"label": torch.full_like(condition["label"], self.classes)}
 
 
 def measure_arithmetic(rounds: int, batch: int = 64, only: Collection[str] = (), *, with_peers: bool = True) -> Table:
@@ -71,7 +79,7 @@ def measure_arithmetic(rounds: int, batch: int = 64, only: Collection[str] = (),
         "ms",
         f"medians of {rounds} rounds of {STEPS} steps, ratios round by round",
     )
-    still = _Still(batch)
+    still = StillDenoiser(batch)
     for name, options, peer, settings in _PAIRS:
         if name not in available("sampler") or (only and name not in only):
             continue
@@ -89,7 +97,7 @@ def measure_arithmetic(rounds: int, batch: int = 64, only: Collection[str] = (),
     return table
 
 
-def _of_sampler(name: str, options: _Settings, still: _Still) -> Callable[[], float]:
+def _of_sampler(name: str, options: _Settings, still: StillDenoiser) -> Callable[[], float]:
     sampler = load("sampler", name)(steps=STEPS, **options)
     sampler.prepare(still)
     grid = sampler.grid(still.path, EvenLambda())
@@ -106,7 +114,7 @@ def _of_sampler(name: str, options: _Settings, still: _Still) -> Callable[[], fl
     return run
 
 
-def _of_scheduler(name: str, settings: _Settings, still: _Still) -> Callable[[], float]:
+def _of_scheduler(name: str, settings: _Settings, still: StillDenoiser) -> Callable[[], float]:
     peer = Scheduler(name, "", settings)
 
     @torch.no_grad()

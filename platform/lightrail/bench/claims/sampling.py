@@ -58,8 +58,11 @@ class Sampled:
 
     @property
     def picture(self) -> str:
-        """The name of its picture's file."""
-        return f"{self.method}{self.number or ''}.png"
+        """The name of its picture's file: one for all claims about the same generations."""
+        claims = traits_of(load(self.kind, self.method)).sampling_claims
+        mine = (self.claim.overrides, self.claim.baseline)
+        first = next(number for number, each in enumerate(claims) if (each.overrides, each.baseline) == mine)
+        return f"{self.method}{first or ''}.png"
 
 
 def wanted_claims(kind: str, only: Sequence[str]) -> list[Sampled]:

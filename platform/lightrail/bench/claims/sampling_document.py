@@ -42,9 +42,14 @@ class SamplingDocument:
             "|---|---|---|---|---|---|",
         ]
         lines = [_line(each) for each in self.record.values()]
-        return "\n".join([*head, *lines, *(line for each in self.record.values() for line in self._part(each))])
+        parts: dict[str, list[Sampled]] = {}
+        for each in self.record.values():
+            parts.setdefault(each.picture, []).append(each)
+        return "\n".join([*head, *lines, *(line for claims in parts.values() for line in self._part(claims))])
 
-    def _part(self, each: Sampled) -> list[str]:
+    def _part(self, claims: Sequence[Sampled]) -> list[str]:
+        """What the claims about the same generations were measured on."""
+        each = claims[0]
         claim = each.claim
         words = [" ".join(("generate", *claim.overrides))]
         if claim.baseline is not None:
@@ -53,7 +58,8 @@ class SamplingDocument:
         shown = (self.folder / self.kind / each.picture).is_file()
         beside = " and, to the right, the baseline's" if claim.baseline is not None else ""
         picture = [f"![Samples of {each.method}{beside}]({self.kind}/{each.picture})", ""] if shown else []
-        return ["", f"## {each.method}: {claim.sentence}", "", *picture, "```text", *trained, *words, "```"]
+        said = [f"- {other.claim.sentence}: {judged(other)}" for other in claims]
+        return ["", f"## {each.method}", "", *said, "", *picture, "```text", *trained, *words, "```"]
 
     def write(self, folder: Path) -> None:
         """Writes the document."""
