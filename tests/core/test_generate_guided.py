@@ -51,6 +51,15 @@ class Shares(Guidance):
         return state.next(mean)
 
 
+class AsksMore(Guidance):
+    """Asks once more a step for samples from number 3 on."""
+
+    def after_step(self, state, moment):
+        if moment.noise.indices[0] >= 3:
+            moment.predict(moment.x, moment.level, moment.condition)
+        return state
+
+
 class Meets(Guidance):
     """Replaces what was measured."""
 
@@ -103,6 +112,7 @@ def test_guided_samples_stand_beside_unguided_ones_of_the_same_seed() -> None:
     assert beside["metrics"]["ode_error"] == pytest.approx(plain.summary["metrics"]["ode_error"])
     assert beside["evaluations"] == 5
     assert guided.summary["metrics"]["mean"] > beside["metrics"]["mean"] + 0.5
+    assert "ode_error" not in guided.summary["metrics"]  # the exact flow is that of the model alone
     page = (guided.folder / "report.html").read_text()
     assert "Samples, guided" in page
     assert "Samples, unguided" in page
@@ -171,6 +181,17 @@ def test_samples_meet_what_was_measured_of_data() -> None:
     metrics, beside = found.summary["metrics"], found.summary["unguided"]["metrics"]
     assert metrics["residual"] < 1e-6 < beside["residual"]
     assert metrics["rmse"] < beside["rmse"]
+
+
+def test_what_lies_behind_a_measurement_has_no_class_unless_one_is_told() -> None:
+    words = [*MIXTURE, f"+guidance=[{mine('Meets')}]", f"measurement={mine('First')}"]
+    assert any(note.startswith("class: none is told") for note in compose_generation(words).notes)
+    assert not any(note.startswith("class") for note in compose_generation([*words, "generate.label=1"]).notes)
+
+
+def test_evaluations_are_those_of_a_sample_on_average() -> None:
+    words = [*MIXTURE, f"+guidance=[{mine('AsksMore')}]", "generate.count=6", "generate.batch_size=3"]
+    assert generate(words, show_progress=False).summary["evaluations"] == 7.5
 
 
 def test_the_noise_of_a_measurement_belongs_to_the_sample() -> None:

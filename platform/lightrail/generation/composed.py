@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "compose_generation", "normalised"]
 
 TEXT_SAMPLER = "top_p"
+NO_CLASS = "class: none is told, as that of what was measured is not known; generate.label tells one"
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,10 @@ def compose_generation(
     guidance = chosen_guidance(resolved, model, sampler, partial(load_trained, root=config.run.root, config_dirs=dirs))
     refuse_what_is_not_read(found.request, guidance, resolved.one("measurement") is not None)
     measurement = chosen_measurement(resolved, model, guidance)
+    tells_no_class = measurement is not None and model.classes and found.request["label"] is None
+    notes = (*found.notes, *([NO_CLASS] if tells_no_class else []))
     population = math.lcm(*(each.population for each in guidance))
-    return dataclasses.replace(found, guidance=guidance, measurement=measurement, population=population)
+    return dataclasses.replace(found, guidance=guidance, measurement=measurement, population=population, notes=notes)
 
 
 def _generation(

@@ -41,6 +41,7 @@ class Generated:
         condition: What they were steered by, one row each.
         grid: The levels that were visited; ``None`` where they are not known.
         observed: What was measured of the samples that were sought, where something was.
+        is_guided: Whether guidance steered them, so that they are not the model's own.
     """
 
     samples: Tensor
@@ -48,6 +49,7 @@ class Generated:
     condition: Condition | None = None
     grid: Grid | None = None
     observed: Observed | None = None
+    is_guided: bool = False
 
 
 class Denoiser(ABC):

@@ -34,7 +34,7 @@ def make_samples(
     words: Sequence[str],
     config_dirs: Sequence[str | Path],
     show_progress: bool,
-) -> tuple[Generated, int, float]:
+) -> tuple[Generated, float, float]:
     """Makes every sample of a generation, in batches, on one device or several.
 
     Args:
@@ -46,7 +46,7 @@ def make_samples(
         show_progress: Whether progress is shown.
 
     Returns:
-        The samples, evaluations a sample, and the seconds that all batches took together.
+        The samples, evaluations a sample (on average), and the seconds that all batches took together.
 
     Raises:
         Interrupted: A signal asked for a stop; finished batches are kept.
@@ -69,20 +69,23 @@ def make_samples(
         assert interruption.signal_number is not None
         raise Interrupted(interruption.signal_number, sum(map(len, files.done())), str(folder))
     batches = files.read()
-    seconds, evaluations = sum(batch.seconds for batch in batches), batches[0].evaluations
-    files.join({"seed": str(generation.seed), "evaluations": str(evaluations), "seconds": repr(seconds)})
+    seconds = sum(batch.seconds for batch in batches)
+    # What asks until it is content asks some batches longer than others.
+    evaluations = sum(batch.evaluations * len(batch.indices) for batch in batches) / count
+    files.join({"seed": str(generation.seed), "evaluations": repr(evaluations), "seconds": repr(seconds)})
     return _finished(generation, files, count)
 
 
-def _finished(generation: Generation, files: SampleFiles, count: int) -> tuple[Generated, int, float]:
+def _finished(generation: Generation, files: SampleFiles, count: int) -> tuple[Generated, float, float]:
     """What stands in the files of a generation that is done."""
     tensors, metadata = files.finished()
     condition = {name: tensors[name] for name in tensors if name not in ("samples", "start")} or None
     observed = None
     if generation.measurement is not None:
         observed = _observations(generation).of(_numbers(generation, range(count))).map(Tensor.cpu)
-    generated = Generated(tensors["samples"], tensors["start"], condition, generation.levels, observed)
-    return generated, int(metadata["evaluations"]), float(metadata["seconds"])
+    guided = bool(generation.guidance)
+    generated = Generated(tensors["samples"], tensors["start"], condition, generation.levels, observed, guided)
+    return generated, float(metadata["evaluations"]), float(metadata["seconds"])
 
 
 def _observations(generation: Generation) -> Observations:

@@ -29,12 +29,12 @@ class Made:
 
     Args:
         generated: All of them.
-        evaluations: How often the network was asked for each.
+        evaluations: How often the network was asked for each, on average.
         seconds: How long all batches took together.
     """
 
     generated: Generated
-    evaluations: int
+    evaluations: float
     seconds: float
 
 
@@ -154,7 +154,9 @@ class GenerationRecord:
 
 
 def _cost(made: Made) -> dict[str, Any]:
-    return {"evaluations": made.evaluations, "sampling_seconds": round(made.seconds, 3)}
+    asked = made.evaluations
+    evaluations = int(asked) if asked == int(asked) else round(asked, 1)
+    return {"evaluations": evaluations, "sampling_seconds": round(made.seconds, 3)}
 
 
 def _side_by_side(guided: Mapping[str, Any], unguided: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _card(base: str, values: Mapping[str, float], *, is_chosen: bool) -> str:
     others = "".join(f"<span>{escape(stage or base)} <b>{escape(number(values[stage]))}</b></span>" for stage in rest)
     return (
         f'<div class="card{" chosen" if is_chosen else ""}"><div class="what">{escape(title(base))}</div>'
-        f'<div class="value" title="{escape(repr(values[first]))}">{escape(number(values[first]))}{stage}</div>'
+        f'<div class="value" title="{escape(repr(values[first]))}"><b>{escape(number(values[first]))}</b>{stage}</div>'
         + (f'<div class="others">{others}</div>' if others else "")
         + "</div>\n"
     )

@@ -65,6 +65,32 @@ def test_nothing_added_is_nothing_changed_and_evaluations_are_counted():
     assert drawn(guidance, EDMHeun(8), mixture).evaluations == 15
 
 
+class Near:
+    """Prefers points near x on the first axis."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, samples):
+        return -(samples[:, 0] - self.x).square()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"guidance.reward.function._target_={__name__}.Near", "guidance.reward.function.x=2.0"],
+        ["guidance.reward.function=lightrail_generation.guidance.reward.brightness"],
+    ],
+    ids=["built", "named"],
+)
+def test_a_reward_is_given_on_the_command_line(tmp_path, words):
+    from lightrail.generation.execution import generate
+
+    common = ["denoiser=gaussian_mixture", "+sampler=ddim", "sampler.steps=10", "logger=[]", f"run.root={tmp_path}"]
+    summary = generate([*common, "+guidance=[reward]", *words], show_progress=False).summary
+    assert summary["metrics"]["reward"] > summary["unguided"]["metrics"]["reward"] + 0.3
+
+
 def test_samples_do_not_depend_on_their_batch():
     guidance = RewardGuidance(linear, scale=0.5)
     for sampler in (DPMSolverPP(8), EDMHeun(8)):
