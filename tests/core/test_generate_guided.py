@@ -20,7 +20,11 @@ from lightrail.report import result_table
 MIXTURE = ["denoiser=gaussian_mixture", "+sampler=ddim", "sampler.steps=5", "generate.accelerator=cpu"]
 
 MINE = '''
+import json
+
 import torch
+from lightning.pytorch.loggers import Logger
+
 from lightrail import Guidance, Measurement
 
 
@@ -81,6 +85,29 @@ class First(Measurement):
 
     def adjoint(self, y):
         return torch.cat([y, y.new_zeros(len(y), self.size - 1)], 1)
+
+
+class Log(Logger):
+    """Keeps what it is told in a file."""
+
+    name = version = "log"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.path = f"{folder}/told.jsonl"
+
+    def _tell(self, *what):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(what) + "\\n")
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self._tell("options", params["seed"])
+
+    def log_metrics(self, metrics, step=None):
+        self._tell("metrics", metrics)
+
+    def log_image(self, key, images, step):
+        self._tell("image", key, images)
 
 
 class Wrong(First):
@@ -231,6 +258,18 @@ def test_what_is_measured_is_a_group_of_its_own_behind_a_short_form() -> None:
         "measurement.size=3",
         "generate.count=2",
     ]
+
+
+def test_pictures_of_both_are_logged() -> None:
+    found = generate(
+        [*MIXTURE, f"+guidance=[{mine('Shift')}]", f"logger=[{mine('Log')}]", "generate.count=4"], show_progress=False
+    )
+    told = [json.loads(line) for line in (found.folder / "told.jsonl").read_text().splitlines()]
+    pictures = {key: paths for what, key, *paths in told if what == "image"}
+    assert set(pictures) == {"samples", "samples/unguided"}
+    assert all(Path(path).is_file() for (paths,) in pictures.values() for path in paths)
+    (values,) = [values for what, values, *_ in told if what == "metrics"]
+    assert values["unguided/mean"] < values["mean"]
 
 
 def test_what_guidance_measures_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class GenerationRecord:
         denoiser, generated = self._generation.denoiser, made.generated
         metrics = self._measured(generated)
         figures = sample_figures(denoiser, generated)
-        picture = save_picture(figures, generated, self._folder.path)
+        pictures = {"samples": save_picture(figures, generated, self._folder.path)}
         count = len(generated.samples)
         measured: dict[str, Any] = {"samples": count, **_cost(made)}
         logged = {**metrics, **measured, "samples_per_second": count / made.seconds}
@@ -91,11 +91,12 @@ class GenerationRecord:
             beside = {"metrics": self._measured(unguided.generated), **_cost(unguided)}
             measured["unguided"] = beside
             theirs = sample_figures(denoiser, unguided.generated)
+            pictures[f"samples/{UNGUIDED}"] = save_picture(theirs, unguided.generated, self._folder.path / UNGUIDED)
             figures = _side_by_side(figures, theirs)
             logged |= {f"{UNGUIDED}/{name}": value for name, value in beside["metrics"].items()}
         figures |= observed_figures(generated)
         summary = self.write("finished", metrics, figures=figures, **measured)
-        self._log(logged, picture)
+        self._log(logged, pictures)
         return GenerationResult(self._folder.path, summary, samples=generated.samples)
 
     def _measured(self, generated: Generated) -> dict[str, float]:
@@ -116,7 +117,7 @@ class GenerationRecord:
         seconds = time.monotonic() - self._began
         tokens = len(texts) * int(self._generation.request["length"])
         summary = self.write("finished", {}, samples=len(texts), tokens=tokens, sampling_seconds=round(seconds, 3))
-        self._log({"samples": len(texts), "tokens": tokens}, None)
+        self._log({"samples": len(texts), "tokens": tokens}, {})
         return GenerationResult(self._folder.path, summary, text=tuple(texts))
 
     def write(
@@ -140,15 +141,17 @@ class GenerationRecord:
         write_report(self._folder.path, figures=figures or {})
         return summary
 
-    def _log(self, values: Mapping[str, float], picture: Path | None) -> None:
+    def _log(self, values: Mapping[str, float], pictures: Mapping[str, Path | None]) -> None:
         from omegaconf import OmegaConf
 
         for make in _loggers(self._generation):
             logger = make(str(self._folder.path))
             logger.log_hyperparams(OmegaConf.to_container(self._generation.composition.config, resolve=True))
             logger.log_metrics(dict(values), 0)
-            if picture is not None and callable(log_image := getattr(logger, "log_image", None)):
-                log_image("samples", [str(picture)], step=0)
+            if callable(log_image := getattr(logger, "log_image", None)):
+                for name, picture in pictures.items():
+                    if picture is not None:
+                        log_image(name, [str(picture)], step=0)
             if callable(close := getattr(logger, "close", None)):
                 close()
 
