@@ -13,7 +13,7 @@ import torch
 from lightrail.bench.sampler_arithmetic import SHAPE, StillDenoiser
 from lightrail.bench.table import Table
 from lightrail.catalogue import available, load
-from lightrail.errors import LightrailError, PluginError
+from lightrail.errors import PluginError, UserError
 from lightrail.generation import Guidance, sample
 from lightrail.testing.building import missing_options
 from lightrail.testing.sampler_wrapper import FirstOrder
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> Table:
     for name in options.only or available("guidance"):
         try:
             run = _run(name)
-        except LightrailError as error:
+        except UserError as error:
             print(f"left out: {name}: {error.what}", file=sys.stderr)
             continue
         found = [max(1e-6, run()) for _ in range(options.rounds)]
@@ -116,7 +116,7 @@ def _run(name: str) -> Callable[[], float]:
 
     try:
         timed([guidance])
-    except LightrailError:
+    except UserError:
         raise
     except Exception as error:  # a classifier of points, say, in the example that the suites build it with
         raise PluginError(

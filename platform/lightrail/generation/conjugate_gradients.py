@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["conjugate_gradients"]
+__all__ = ["conjugate_gradients", "dots"]
 
 # How many units in the last place of a vector's length are no more than rounding.
 ROUNDING = 8
@@ -41,29 +41,30 @@ def conjugate_gradients(
     x = torch.zeros_like(right) if start is None else start.clone()
     seen = torch.zeros_like(right) if start is None else operator(x)
     residual = right - seen
-    direction, squares = residual, _dots(residual, residual)
+    direction, squares = residual, dots(residual, residual)
     rounding = ROUNDING * torch.finfo(right.dtype).eps
-    enough = max(tol, rounding) ** 2 * (_dots(right, right) + _dots(seen, seen))
+    enough = max(tol, rounding) ** 2 * (dots(right, right) + dots(seen, seen))
     largest = torch.zeros_like(squares)
     for _ in range(steps):
         going = squares > enough
         if not bool(going.any()):
             break
         moved = operator(direction)
-        curvature, lengths = _dots(direction, moved), _dots(direction, direction)
+        curvature, lengths = dots(direction, moved), dots(direction, direction)
         largest = torch.maximum(largest, curvature / lengths.where(lengths > 0, 1.0))
         # A sample that is done, or whose direction M sees no more of than rounding, stays as it is.
         going = going & (curvature > rounding * largest * lengths)
         length = torch.where(going, squares / curvature.where(going, 1.0), 0.0)
         x = x + _rows(length, x) * direction
         residual = residual - _rows(length, x) * moved
-        now = torch.where(going, _dots(residual, residual), 0.0)
+        now = torch.where(going, dots(residual, residual), 0.0)
         direction = residual + _rows(torch.where(going, now / squares.where(going, 1.0), 0.0), x) * direction
         squares = now
     return x
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of each sample, ``[B]``."""
     return (a * b).flatten(1).sum(1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightrail.errors import CompositionError, PluginError
-from lightrail.generation.conjugate_gradients import conjugate_gradients
+from lightrail.generation.conjugate_gradients import conjugate_gradients, dots
 from lightrail.options import non_negative
 from lightrail.traits import Traits
 
@@ -112,7 +112,7 @@ class Measurement(ABC):
                 allowed=f"{tuple(shape)}",
                 remedy=remedy,
             )
-        left, right = _dots(measured, y), _dots(x, returned)
+        left, right = dots(measured, y), dots(x, returned)
         allowed = ADJOINT_TOLERANCE * measured.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)
         if bool(((left - right).abs() > allowed).any()):
             raise PluginError(
@@ -197,7 +197,3 @@ class StateMeasurement:
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """S⁻¹ A⁺ y; that of A S where S is one factor for all."""
         return self.operator.pseudo_inverse(y) / self.scale
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)

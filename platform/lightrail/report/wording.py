@@ -14,6 +14,7 @@ _ACRONYMS = {
     "auc": "AUC",
     "auroc": "AUROC",
     "f1": "F1",
+    "frechet": "Fréchet",
     "kid": "KID",
     "lr": "Learning rate",
     "mae": "MAE",

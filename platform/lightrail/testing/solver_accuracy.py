@@ -101,8 +101,7 @@ def require_paths(solver: Solver) -> None:
     for name in PATHS:
         mixture = mixture_on(name)
         try:
-            # Of a method with noise it is only seen that it ends; some take a chain for each step.
-            sampler = solver.of(mixture, 6 if solver.traits.is_stochastic else 30)
+            sampler = solver.of(mixture, 30)
             grid = grid_of(sampler, mixture.path)
             found = solved(sampler, mixture, grid, starts(mixture, grid[0]))
         except CompositionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -88,7 +89,7 @@ def labels_of(condition: Condition | None, count: int, label: int | None, of: st
     return found
 
 
-class LikelihoodGuidance(Guidance):
+class LikelihoodGuidance(Guidance, ABC):
     """Adds w ∇ log h to the score wherever a sampler asks, so that p(x) h(x)^w is sampled.
 
     Subclasses write :meth:`log_gradient`.
@@ -121,9 +122,9 @@ class LikelihoodGuidance(Guidance):
         gradient = self.log_gradient(named["cond"], moment)
         return with_score(named["cond"], gradient, self.scale, self.max_rho)
 
+    @abstractmethod
     def log_gradient(self, prediction: Prediction, moment: Moment) -> Tensor:
         """∇ log h with respect to the state, ``[B, …]``."""
-        raise NotImplementedError(f"{type(self).__name__} has no likelihood")
 
 
 class ClassifierGuidance(LikelihoodGuidance):

@@ -125,6 +125,20 @@ class Minority(LikelihoodGuidance):
                 overrides=("run={digits}", "+guidance=[minority]", "guidance.minority.scale=2", "generate.count=200"),
                 trained={"digits": ("experiment=digits_diffusion",)},
             ),
+            # Any steering moves samples away from the data: the easiest bin says how much of it is that.
+            SamplingClaim(
+                "samples lie where data are less dense than with the same guidance to the easiest bin",
+                metric="neighbour_distance",
+                overrides=("run={digits}", "+guidance=[minority]", "guidance.minority.scale=2", "generate.count=200"),
+                baseline=(
+                    "run={digits}",
+                    "+guidance=[minority]",
+                    "guidance.minority.scale=2",
+                    "guidance.minority.target=0",
+                    "generate.count=200",
+                ),
+                trained={"digits": ("experiment=digits_diffusion",)},
+            ),
         ),
     )
 

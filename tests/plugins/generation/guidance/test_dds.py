@@ -191,7 +191,7 @@ def test_a_sample_is_the_same_in_any_batch():
     torch.testing.assert_close(alone.x[0], together.x[4], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", [BDIA(5), SISDE(5), DMCMC(5), TimeShift(SISDE(5))])
+@pytest.mark.parametrize("sampler", [BDIA(5), SISDE(5), DMCMC(5), EDMHeun(5, s_churn=4.0), TimeShift(SISDE(5))])
 def test_solvers_that_carry_something_else_along_are_refused(sampler):
     with pytest.raises(CompositionError) as caught:
         DDS().prepare(MIXTURE, sampler)
