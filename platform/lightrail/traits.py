@@ -106,6 +106,8 @@ class Traits:
         scales_with_gradient: Whether an update grows in proportion to the gradient (SGD), rather than being divided by
             its history (Adam, sign); ``None`` where nobody has said, and it can be measured.
         needs_per_sample_gradients: Needs one gradient a sample.
+        fits_to_data: What a data module computes from all of its training data, in words ("scales columns by their
+            means and deviations"), where that shapes what a model sees: no such number is private.
         needs_parameter_names: Is built from ``(name, parameter)`` pairs in place of bare parameters.
         needs_whole_tensors: Works on norms, matrices or vectors of whole tensors, which sharding would cut.
         sets_step_size: Chooses its own learning rate, so that a schedule would fight it.
@@ -145,6 +147,7 @@ class Traits:
     watches_gradient: bool = False
     scales_with_gradient: bool | None = None
     needs_per_sample_gradients: bool = False
+    fits_to_data: str = ""
     needs_parameter_names: bool = False
     needs_whole_tensors: bool = False
     sets_step_size: bool = False

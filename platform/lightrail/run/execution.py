@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from lightrail.run.interruption import Interruption, StoppedAtOnce
 from lightrail.run.lock import check_lock, lock_of
 from lightrail.run.loops import FitLoop, install_loops
 from lightrail.run.observation import Observation, checkpoint_path
+from lightrail.run.own_optimizer import wrap_own_optimizer
 from lightrail.run.run import Result, Run
 from lightrail.run.windows import Windows
 from lightrail.step.batching import Batching
 from lightrail.step.transform import TransformedOptimizer
 from lightrail.step.update_size import scales_with_gradient
+from lightrail.step.window import WindowClosure
 
 __all__ = ["execute"]
 
@@ -147,7 +149,7 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> tupl
     # One owner of the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     max_samples = run.trainer.get("max_samples")
-    windows = None if run.batching is None else Windows(run.batching, max_samples)
+    windows, make_window = _windows(run, max_samples)
     loop = install_loops(
         trainer,
         window=_needs_window(run, trainer),
@@ -155,15 +157,30 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> tupl
         game=run.game,
         windows=windows,
         max_samples=max_samples,
+        make_window=make_window,
     )
-    observation.attach(trainer, loop)
+    if run.privacy is not None:
+        run.privacy.attach(trainer)
+    observation.attach(trainer, loop, run.privacy)
     if trainer.world_size > 1:
         observation.on_setup = lambda: _agree(run, trainer, observation)
     return trainer, windows
 
 
+def _windows(run: Run, max_samples: int | None) -> tuple[Windows | None, Callable[..., WindowClosure] | None]:
+    """Who cuts the data, and what a window of the step is, where either is more than the plain one."""
+    if run.privacy is None:
+        return None if run.batching is None else Windows(run.batching, max_samples), None
+    from lightrail.privacy.private_window import PrivateWindow
+    from lightrail.privacy.sampling import PrivateWindows
+
+    return PrivateWindows(run.privacy, max_samples), partial(PrivateWindow, engine=run.privacy)
+
+
 def _needs_window(run: Run, trainer: Trainer) -> bool:
     """Whether the step needs more than Lightning's automatic path, which plain methods keep untouched."""
+    if run.privacy is not None:
+        return True
     if run.optimizer is None or trainer.precision == "16-mixed":
         return False
     asks = any(traits.evaluates_again or traits.watches_gradient for traits in run.method_traits)
@@ -177,6 +194,8 @@ def _attach_optimizer(
     """Takes over ``configure_optimizers``, on any LightningModule."""
     make_optimizer = run.optimizer
     if make_optimizer is None:
+        if run.privacy is not None:
+            wrap_own_optimizer(run.task, trainer)
         return
     wraps = _needs_window(run, trainer) or bool(run.transforms)
     speakers = observation.speakers = {_name_of(run, each): each for each in run.callbacks}
@@ -184,6 +203,8 @@ def _attach_optimizer(
     def configure_optimizers() -> Any:
         optimizer = make_optimizer(run.task)
         speakers[_name_of(run, "optimizer")] = optimizer
+        if run.privacy is not None:
+            speakers[_name_of(run, "privacy")] = run.privacy
         if wraps:
             optimizer = TransformedOptimizer(optimizer, run.transforms)
         for each in (*run.transforms, *([run.batching] if run.batching else [])):
@@ -303,6 +324,8 @@ class _Record:
             "resumed_from": str(self._run.resumed.checkpoint) if self._run.resumed else None,
             "notes": self._notes,
         }
+        if self._run.privacy is not None:
+            self._summary["privacy"] = self._run.privacy.write(folder.path)
         # A run that failed has said why; a second error on the way out would hide it.
         with contextlib.suppress(UserError) if status != "finished" else contextlib.nullcontext():
             folder.write_json(folder.summary, self._summary)

@@ -24,7 +24,7 @@ from lightrail.run.clock import Horizon
 from lightrail.run.windows import Windows
 from lightrail.step.players import Game
 from lightrail.step.randomness import RandomState
-from lightrail.step.window import WindowLoop
+from lightrail.step.window import WindowClosure, WindowLoop
 
 __all__ = ["EpochLoop", "FitLoop", "install_loops", "progress_of"]
 
@@ -37,6 +37,7 @@ def install_loops(
     game: Game | None = None,
     windows: Windows | None = None,
     max_samples: int | None = None,
+    make_window: Callable[..., WindowClosure] | None = None,
 ) -> EpochLoop:
     """Puts our loops in the place of Lightning's.
 
@@ -47,6 +48,7 @@ def install_loops(
         game: The players, where the task has several; asks for the window.
         windows: Who cuts the data, where steps differ in size; asks for the window.
         max_samples: The horizon in samples, where it is given so.
+        make_window: What a window of the step is, where it is more than the plain one.
 
     Returns:
         The epoch loop, whose ``at_boundary`` is to be set.
@@ -59,6 +61,7 @@ def install_loops(
     if window:
         loop = WindowLoop(trainer, skips_non_finite=skips_non_finite, game=game)
         loop.windows = windows
+        loop.make_window = make_window
         epoch_loop.automatic_optimization = loop
     fit_loop.epoch_loop = epoch_loop
     trainer.fit_loop = fit_loop

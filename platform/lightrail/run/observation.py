@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +23,9 @@ from lightrail.run.loops import EpochLoop, progress_of
 from lightrail.run.progress import Progress
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
 from lightrail.step.transform import has_evaluation_point
+
+if TYPE_CHECKING:
+    from lightrail.privacy.engine import PrivacyEngine
 
 __all__ = ["Observation"]
 
@@ -67,8 +70,12 @@ class Observation(Callback):
         self._saved_step = -1
         self._carried: dict[str, Any] | None = None
 
-    def attach(self, trainer: Trainer, loop: EpochLoop) -> None:
+    def attach(self, trainer: Trainer, loop: EpochLoop, privacy: PrivacyEngine | None = None) -> None:
         """Connects to a trainer before it runs."""
+        self._privacy = privacy
+        if privacy is not None:
+            # One record must not be able to stop a run: its gradient is left out instead.
+            self._skips_non_finite = True
         self._trainer = trainer
         self._loop = loop
         self._is_alone = trainer.world_size == 1
@@ -95,6 +102,8 @@ class Observation(Callback):
         steps = loop.global_step
         if self._windows is not None and outputs:
             outputs = {**outputs, "loss": outputs["loss"] * self._windows.count}
+        if self._privacy is not None and not self._privacy.method.public_metrics:
+            outputs = None
         bad = self.training.add(outputs, steps)
         if bad is not None and not self._skips_non_finite:
             self._bad = self._bad or (steps, bad)
@@ -212,6 +221,9 @@ class Observation(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         position = self._loop.position(epoch_is_open=self._epoch_is_open)
+        privacy = None if self._privacy is None else self._privacy.state_dict()
+        if self._privacy is not None and trainer.is_global_zero:
+            self._privacy.write(self.folder.path)
         checkpoint["lightrail"] = {
             "core": __version__,
             "lock": self._lock,
@@ -224,6 +236,7 @@ class Observation(Callback):
                 for logger in trainer.loggers
             ],
             "steps": self.steps,
+            "privacy": privacy,
         }
         optimizer = _point_mover(trainer)
         if optimizer is not None:
@@ -245,6 +258,8 @@ class Observation(Callback):
         self.best = ours["best"]
         self.steps = self._saved_step = ours["steps"]
         self._carried = ours["logged"]
+        if self._privacy is not None:
+            self._privacy.load_state_dict(ours.get("privacy") or {})
         for logger, state in zip(trainer.loggers, ours["loggers"], strict=False):
             if state is not None and hasattr(logger, "load_state_dict"):
                 logger.load_state_dict(state)  # type: ignore[attr-defined]
@@ -271,6 +286,9 @@ class Observation(Callback):
     def _log(self, trainer: Trainer) -> None:
         self._look_for_non_finite()
         metrics = self.training.flush(trainer)
+        spent = None if self._privacy is None else self._privacy.spent()
+        if spent is not None:
+            metrics = {**metrics, "epsilon": spent}
         if not metrics:
             return
         self._progress.show(metrics)

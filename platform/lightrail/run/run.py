@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers.logger import Logger
@@ -18,6 +18,9 @@ from lightrail.step.batching import Batching
 from lightrail.step.players import Game
 from lightrail.step.transform import Transform
 from lightrail.traits import Traits
+
+if TYPE_CHECKING:
+    from lightrail.privacy.engine import PrivacyEngine
 
 __all__ = ["Result", "Run"]
 
@@ -60,6 +63,7 @@ class Run:
         names: The names of the plugins by their class, under which what they log stands.
         method_traits: The traits of the optimizer, the transforms, the schedule and the batching.
         game: The players, where the task has several.
+        privacy: What makes every step private; ``None`` where nothing does.
         trainer: The ``trainer`` group of the configuration.
         resumed: The run that this one continues.
         notes: What was decided for the user, one sentence each.
@@ -78,6 +82,7 @@ class Run:
     names: Mapping[Any, str] = field(default_factory=dict)
     method_traits: Sequence[Traits] = ()
     game: Game | None = None
+    privacy: PrivacyEngine | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     resumed: Resumed | None = None
     notes: Sequence[str] = ()

@@ -18,7 +18,7 @@ from lightrail.step.batches import leading_size
 from lightrail.step.batching import Batching, Extent, Portion
 from lightrail.step.randomness import RandomState
 
-__all__ = ["Windows"]
+__all__ = ["MicroBatch", "Windows", "describe_loader"]
 
 _ON_A_PROCESSOR = 8  # times data.batch_size at once: nobody can be asked how much memory is left
 _KEPT_FREE = 0.1  # of an accelerator's memory
@@ -26,7 +26,7 @@ _JOINED = 0.25  # a rest of less than this share of a step joins the last one: a
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
+class MicroBatch:
     """One micro-batch that was drawn: its portion, how many its window has, whether it ends window and epoch."""
 
     portion: Portion
@@ -57,9 +57,9 @@ class Windows:
         self.is_open = False  # Lightning draws a batch when it sets up the data, before anything can be decided
         self.end = math.inf  # in samples
         self.before_step: Callable[[], None] | None = None
-        self._current: _MicroBatch | None = None
-        self._planned: deque[_MicroBatch] = deque()  # decided, and not yet asked of the data
-        self._drawn: deque[_MicroBatch] = deque()  # asked of the data, and not yet trained on
+        self._current: MicroBatch | None = None
+        self._planned: deque[MicroBatch] = deque()  # decided, and not yet asked of the data
+        self._drawn: deque[MicroBatch] = deque()  # asked of the data, and not yet trained on
         self._done_in_epoch = 0  # samples of this rank whose step is made
         self._open_in_epoch = 0  # those of the window that is under way
         self._epoch_began: RandomState | None = None
@@ -85,7 +85,7 @@ class Windows:
         if not plain or type(loader.batch_sampler) is not BatchSampler:
             raise CompositionError(
                 "a batching needs to choose which samples make a batch, and this loader does not let it",
-                found=_description(loader),
+                found=describe_loader(loader),
                 allowed="a torch DataLoader over a map-style dataset, with batch_size and without a batch_sampler",
                 remedy="Leave batching out, or return such a DataLoader from train_dataloader.",
             )
@@ -222,7 +222,7 @@ class Windows:
             step += each.closes_window
             is_over = each.closes_epoch
 
-    def _cut(self, portion: Portion, left: int, samples: int) -> list[_MicroBatch]:
+    def _cut(self, portion: Portion, left: int, samples: int) -> list[MicroBatch]:
         """The micro-batches of one step: as few as fit, of one size; at the end of an epoch, what is left."""
         own = math.ceil(max(portion.samples, 1) / self.world_size)
         if self.total_samples is not None:
@@ -234,7 +234,7 @@ class Windows:
         sizes = [size] * count if size * count <= left else _evenly(own, count)
         last = count - 1
         is_rest = sum(sizes) == left
-        return [_MicroBatch(portion, each, count, i == last, is_rest and i == last) for i, each in enumerate(sizes)]
+        return [MicroBatch(portion, each, count, i == last, is_rest and i == last) for i, each in enumerate(sizes)]
 
     # Memory.
 
@@ -300,17 +300,18 @@ def _evenly(total: int, count: int) -> list[int]:
     return [total // count + (index < total % count) for index in range(count)]
 
 
-def _plain(each: _MicroBatch) -> list[Any]:
+def _plain(each: MicroBatch) -> list[Any]:
     portion, *rest = astuple(each)
     return [list(portion), *rest]
 
 
-def _micro_batch(portion: Sequence[Any], *rest: Any) -> _MicroBatch:
+def _micro_batch(portion: Sequence[Any], *rest: Any) -> MicroBatch:
     samples, shape, lr_factor = portion
-    return _MicroBatch(Portion(samples, None if shape is None else tuple(shape), lr_factor), *rest)
+    return MicroBatch(Portion(samples, None if shape is None else tuple(shape), lr_factor), *rest)
 
 
-def _description(loader: Any) -> str:
+def describe_loader(loader: Any) -> str:
+    """What a loader is, for an error."""
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__}"
     if isinstance(loader.dataset, IterableDataset):

@@ -28,7 +28,7 @@ from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
 from lightrail.step.transform import TransformedOptimizer
 
-__all__ = ["WindowClosure", "WindowLoop"]
+__all__ = ["WindowClosure", "WindowLoop", "silenced"]
 
 _LOGGING_METHODS = ("log", "log_dict")
 
@@ -121,7 +121,7 @@ class WindowClosure(Closure):
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        with super()._aside(), _silenced(self._module):
+        with super()._aside(), silenced(self._module):
             yield
 
     @property
@@ -134,7 +134,7 @@ def _of_player(module: Any) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _silenced(module: LightningModule) -> Iterator[None]:
+def silenced(module: LightningModule) -> Iterator[None]:
     """``self.log`` does nothing inside: metrics are those of the first evaluation."""
     kept = {name: module.__dict__.get(name) for name in _LOGGING_METHODS}
     for name in _LOGGING_METHODS:
@@ -170,6 +170,8 @@ class WindowLoop(_AutomaticOptimization):
         self._skips_non_finite = skips_non_finite
         self._window: WindowClosure | None = None
         self._statistics: Statistics | None = None
+        # What a window is, where it is more than the plain one.
+        self.make_window: Callable[[Trainer, list[Tensor], Statistics], WindowClosure] | None = None
         # Who says how many micro-batches a step has, where that changes.
         self.windows: Any = None
         self.skipped_updates = 0
@@ -184,20 +186,25 @@ class WindowLoop(_AutomaticOptimization):
         strategy = self.trainer.strategy
         if self._window is None:
             self._statistics = self._statistics or Statistics(self.trainer.lightning_module)
-            self._window = WindowClosure(
-                self.trainer, optimizer.params, self._statistics, self._skips_non_finite, self._game
-            )
+            self._window = self._opened(optimizer.params, self._statistics)
         self._window.add(kwargs, closure)
         if self.trainer.fit_loop._should_accumulate():
             with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else _nothing():
                 self._window.run_micro_batch()
         else:
             self._step(optimizer, batch_idx)
+        if closure._result is None:
+            return {}  # a micro-batch without samples
         result = closure.consume_result()
         outputs = {} if result.loss is None else result.asdict()
         if self._window is None and isinstance(optimizer.optimizer, TurnsOptimizer):
             outputs.update({f"{name}_loss": loss for name, loss in optimizer.optimizer.losses.items()})
         return outputs
+
+    def _opened(self, params: list[Tensor], statistics: Statistics) -> WindowClosure:
+        if self.make_window is not None:
+            return self.make_window(self.trainer, params, statistics)
+        return WindowClosure(self.trainer, params, statistics, self._skips_non_finite, self._game)
 
     def _step(self, optimizer: TransformedOptimizer, batch_idx: int) -> None:
         trainer = self.trainer

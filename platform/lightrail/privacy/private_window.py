@@ -1,0 +1,204 @@
+"""The private step: what every other part of a run gets to see of a batch is one noisy gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure as LightningClosure
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+
+from lightrail.errors import ClosureError
+from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
+from lightrail.sample_gradients.paths import Path
+from lightrail.step.batches import leading_size
+from lightrail.step.closure import QUESTIONS
+from lightrail.step.randomness import RandomState
+from lightrail.step.running_statistics import Statistics
+from lightrail.step.window import WindowClosure, silenced
+
+if TYPE_CHECKING:
+    from lightrail.privacy.engine import PrivacyEngine
+
+__all__ = ["PrivateWindow"]
+
+
+class PrivateWindow(WindowClosure):
+    """The accumulation window of one private step, as a closure that answers once: with the private gradient.
+
+    Args:
+        trainer: The trainer whose loop owns the window.
+        params: The parameters that are being optimized.
+        statistics: The module's buffers and metrics.
+        engine: Of this run.
+    """
+
+    path: Path | None = None
+
+    def __init__(self, trainer: Trainer, params: list[Tensor], statistics: Statistics, engine: PrivacyEngine) -> None:
+        super().__init__(trainer, params, statistics)
+        self._engine = engine
+        self._trained = [p for p in params if p.requires_grad]
+        self._elsewhere = engine.method.elsewhere(self._trained)
+        self._sums: list[Tensor] | None = None
+
+    def add(self, kwargs: Mapping[str, Any], closure: LightningClosure) -> None:
+        # One micro-batch at a time: a method that looks twice does so before the next is drawn.
+        self._batches, self._states = [tuple(kwargs.values())], [RandomState.capture()]
+        self._first_closure = closure
+
+    def run_micro_batch(self) -> None:
+        batch = self._batches[0]
+        if not leading_size(batch[0]):
+            return
+        method = self._engine.method
+        is_one_pass = method.engine == "one_pass"
+        with torch.compiler.set_stance("force_eager"), self._without_wrapper():
+            if is_one_pass and self._engine.path is None:
+                self._learn(batch)
+            here = self._first_in_one_pass(batch) if is_one_pass else self._first_one_by_one(batch)
+            there = None if self._elsewhere is None else self._at_other_point(batch, self._elsewhere)
+        with torch.no_grad():
+            found = method.contribution(here, there)
+        self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+
+    def _run_first(self) -> Tensor:
+        self.run_micro_batch()
+        with torch.no_grad():
+            sums = self._engine.method.nothing(self._trained) if self._sums is None else self._sums
+            self._engine.release(sums, self._trained, self._sum_over_ranks)
+        # The loss itself is not private: a method that reads it finds out.
+        return torch.full((), torch.nan, device=self._trained[0].device)
+
+    # The gradients of a micro-batch.
+
+    def _scale(self, batch: tuple[Any, ...]) -> float:
+        """From what Lightning differentiates, a mean over samples and micro-batches, to the loss of a sample."""
+        size = leading_size(batch[0]) if self._engine.method.loss == "mean" else 1
+        return (size or 1) * self._trainer.accumulate_grad_batches
+
+    def _first_in_one_pass(self, batch: tuple[Any, ...]) -> SampleGradients:
+        """Lightning's own evaluation: hooks, logging, and the one backward pass."""
+        assert self._engine.path is not None
+        recording = Recording(self._trained, self._engine.path)
+        with self._watched(recording):
+            self._run_lightning()
+        refuse_unseen(self._trained)
+        return SampleGradients(self._trained, recording.pieces(), self._scale(batch))
+
+    def _first_one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
+        self._run_lightning()
+        for p in self._trained:
+            p.grad = None
+        return self._one_by_one(batch)
+
+    def _run_lightning(self) -> None:
+        strategy = self._trainer.strategy
+        blocked = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        quiet = nullcontext() if self._engine.method.public_metrics else silenced(self._module)
+        with blocked, quiet:
+            super().run_micro_batch()
+
+    def _at_other_point(self, batch: tuple[Any, ...], points: Sequence[Tensor]) -> SampleGradients:
+        with torch.enable_grad(), _at(self._trained, points), self._aside():
+            if self._engine.method.engine == "one_by_one":
+                return self._one_by_one(batch)
+            assert self._engine.path is not None
+            recording = Recording(self._trained, self._engine.path)
+            state = self._states[0]
+            assert state is not None
+            state.restore()
+            with recording:
+                loss = self._evaluate(self._loss_fn, batch, 0)
+            (loss / self._trainer.accumulate_grad_batches).backward()
+            refuse_unseen(self._trained)
+            return SampleGradients(self._trained, recording.pieces(), self._scale(batch))
+
+    def _one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
+        state = self._states[0]
+        with self._aside():
+            if state is not None:
+                state.restore()
+            return gradients_one_by_one(
+                lambda b: self._evaluate(self._loss_fn, (b, *batch[1:]), 0), self._trained, batch[0]
+            )
+
+    def _learn(self, batch: tuple[Any, ...]) -> None:
+        """Where samples lie, and the proof that they do not mix, on a few of them and in silence."""
+        is_mean = self._engine.method.loss == "mean"
+        with self._aside():
+            self._engine.path, self._engine.difference = learn(
+                lambda b: self._evaluate(self._loss_fn, (b, *batch[1:]), 0), self._trained, batch[0], is_mean=is_mean
+            )
+
+    @contextmanager
+    def _watched(self, recording: Recording) -> Iterator[None]:
+        """Inside, the task's ``training_step``, and nothing else that Lightning does, is recorded."""
+        module = self._module
+        kept = module.__dict__.get("training_step")
+        original = module.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            with recording:
+                return original(*args, **kwargs)
+
+        module.__dict__["training_step"] = training_step
+        try:
+            yield
+        finally:
+            if kept is None:
+                del module.__dict__["training_step"]
+            else:
+                module.__dict__["training_step"] = kept
+
+    @contextmanager
+    def _without_wrapper(self) -> Iterator[None]:
+        """Inside, the strategy evaluates the task itself: DDP's wrapper would exchange gradients and buffers."""
+        strategy = self._trainer.strategy
+        wrapper = strategy.model
+        strategy.model = strategy.lightning_module
+        try:
+            yield
+        finally:
+            strategy.model = wrapper
+
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
+        if self._trainer.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def _refuse(self, *_args: Any, **_options: Any) -> Any:
+        raise ClosureError(
+            "a method evaluates the private data again within a step",
+            found="a question to the closure beyond its one gradient",
+            allowed="methods that evaluate the gradient once a step",
+            remedy="Choose an optimizer and transforms without extra evaluations: each would release more than is "
+            "accounted for.",
+        )
+
+    def __call__(self) -> Tensor:
+        if self._has_run:
+            self._refuse()
+        return super().__call__()
+
+    at = part = turn = _refuse
+
+
+for _question in QUESTIONS:
+    setattr(PrivateWindow, _question, PrivateWindow._refuse)
+
+
+@contextmanager
+def _at(params: Sequence[Tensor], points: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, parameters are elsewhere; on the way out they are back, bit for bit."""
+    with torch.no_grad():
+        origin = [p.detach().clone() for p in params]
+        torch._foreach_copy_(list(params), list(points))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(params), origin)

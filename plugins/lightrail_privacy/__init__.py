@@ -1,0 +1,1 @@
+"""Training under differential privacy, and evaluation that can be repeated."""
