@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lightrail.generation import Denoiser, Guidance, Measurement, Sampler, SamplerWrapper, TimeGrid
     from lightrail.generation.search import Search
     from lightrail.generation.text import TokenSampler
+    from lightrail.privacy import PrivacyMethod
     from lightrail.run import Result, Run, compose
+    from lightrail.sample_gradients import SampleGradients
     from lightrail.step import Batching, Closure, CombinedOptimizer, Extent, Portion, Transform, TransformedOptimizer
     from lightrail.traits import Claim, Peer, SamplingClaim, Traits
 
@@ -32,8 +34,10 @@ __all__ = [
     "Measurement",
     "Peer",
     "Portion",
+    "PrivacyMethod",
     "Result",
     "Run",
+    "SampleGradients",
     "Sampler",
     "SamplerWrapper",
     "SamplingClaim",
@@ -61,8 +65,10 @@ _HOMES = {
     "Measurement": "lightrail.generation",
     "Peer": "lightrail.traits",
     "Portion": "lightrail.step",
+    "PrivacyMethod": "lightrail.privacy",
     "Result": "lightrail.run",
     "Run": "lightrail.run",
+    "SampleGradients": "lightrail.sample_gradients",
     "Sampler": "lightrail.generation",
     "SamplerWrapper": "lightrail.generation",
     "SamplingClaim": "lightrail.traits",

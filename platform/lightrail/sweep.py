@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ def run_sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
         if status in (130, 143):
             break
     _print_table(rows, len(jobs))
+    if any("privacy" in summary for _, _, summary in rows):
+        from lightrail.privacy.together import spent_together
+
+        print("\n" + "\n".join(spent_together([summary for _, _, summary in rows])))
     return 0 if len(rows) == len(jobs) and all(status == 0 for _, status, _ in rows) else 1
 
 
@@ -79,11 +83,13 @@ def _only(job: Sequence[str], keys: set[str]) -> list[str]:
 
 def _print_table(rows: Sequence[tuple[list[str], int, dict[str, Any]]], planned: int) -> None:
     columns = _metric_columns([summary for _, _, summary in rows])
-    header = ["job", *columns, "run folder"]
+    is_private = any("privacy" in summary for _, _, summary in rows)
+    header = ["job", *columns, *(["epsilon"] if is_private else []), "run folder"]
     table = [
         [
             " ".join(words) or "(the default)",
             *(f"{summary['metrics'][c]:.4f}" if c in summary.get("metrics", {}) else "-" for c in columns),
+            *([_epsilon(summary)] if is_private else []),
             summary.get("folder", f"failed with status {status}"),
         ]
         for words, status, summary in rows
@@ -93,6 +99,15 @@ def _print_table(rows: Sequence[tuple[list[str], int, dict[str, Any]]], planned:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if len(rows) < planned:
         print(f"stopped: {planned - len(rows)} of {planned} jobs were not started")
+
+
+def _epsilon(summary: Mapping[str, Any]) -> str:
+    from lightrail.report.privacy import figure
+
+    spent = summary.get("privacy") or {}
+    if not spent:
+        return "-"
+    return figure(spent["epsilon"]) if spent["private"] else "not private"
 
 
 def _metric_columns(summaries: Sequence[dict[str, Any]]) -> list[str]:

@@ -59,7 +59,10 @@ def signature_parameters(plugin: Any) -> list[Parameter]:
     Args:
         plugin: The class or function.
     """
-    documented = {**parameter_lines(_constructor_docstring(plugin)), **parameter_lines(_own_docstring(plugin))}
+    # Options that a base class declares are described there.
+    classes = reversed(plugin.__mro__[1:-1]) if isinstance(plugin, type) and hasattr(plugin, "__signature__") else ()
+    documented = {name: line for each in classes for name, line in parameter_lines(_own_docstring(each)).items()}
+    documented |= {**parameter_lines(_constructor_docstring(plugin)), **parameter_lines(_own_docstring(plugin))}
     namespace = _namespace(plugin)
     return [
         _parameter(each, namespace, documented.get(each.name, ""))

@@ -1,4 +1,4 @@
-"""The ``lightrail`` command: what is installed, searches, shell completion, benchmarks."""
+"""The ``lightrail`` command: what is installed, searches, what privacy costs, shell completion, benchmarks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Usage: lightrail COMMAND
   plugins [NAME] [--kind KIND] [--json]  what is installed; with a name, its options, traits and paper
   plugins SCHEDULE --plot [FILE]         the curve of a schedule
   search NAME run=FOLDER …               fit times, ratios or statistics to a model: `lightrail search --help`
+  privacy plan|audit …                   what privacy costs: `lightrail privacy --help`
   bench NAME                             measure: `lightrail bench --help` lists the benchmarks
   completion bash|zsh|fish               a script that completes train, generate and lightrail
   --version                              the version
@@ -46,6 +47,8 @@ def _run(words: list[str]) -> int | None:
             from lightrail.command.plugins import main as command
         case "search":
             from lightrail.command.search import main as command
+        case "privacy":
+            from lightrail.command.privacy import main as command
         case "bench":
             from lightrail.bench import main as command
         case "completion":
@@ -68,7 +71,7 @@ def _run(words: list[str]) -> int | None:
 def _unknown(name: str) -> Exception:
     from lightrail.errors import ConfigurationError, closest
 
-    commands = ("plugins", "search", "bench", "completion")
+    commands = ("plugins", "search", "privacy", "bench", "completion")
     return ConfigurationError(
         f"lightrail has no command '{name}'",
         found=name,

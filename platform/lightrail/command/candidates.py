@@ -21,7 +21,7 @@ _FLAGS = {
     "train": ("--cfg", "--config-dir", "--help", "--multirun", "--version"),
     "generate": ("--cfg", "--config-dir", "--help", "--version"),
 }
-_COMMANDS = ("bench", "completion", "plugins", "search", "--help", "--version")
+_COMMANDS = ("bench", "completion", "plugins", "privacy", "search", "--help", "--version")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,6 +69,8 @@ def _of_lightrail(before: Sequence[str]) -> Iterable[str]:
         return ("--batch-size", "--json", "--kind", "--plot", *{plugin.name for plugin in registered()})
     if before[0] == "search":
         return available("search")
+    if before[0] == "privacy":
+        return ("plan", "audit") if len(before) == 1 else ()
     return ("bash", "fish", "zsh") if before[0] == "completion" else ()
 
 

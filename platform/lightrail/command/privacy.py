@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lightrail.errors import ConfigurationError, closest
+from lightrail.options import positive
 
 if TYPE_CHECKING:
     from lightrail.privacy.audit import Audit
@@ -95,7 +96,8 @@ def _plan(words: Sequence[str], as_json: bool) -> None:
         noises = {each: _upward(calibrated(at, target, delta, each)) for each in ACCOUNTANTS}
         aim, noise = f"epsilon {given['epsilon']}", noises[accountant]
     else:
-        noise = _positive(given, "noise")
+        noise = _number(given, "noise")
+        positive(noise=noise)
         aim = f"noise multiplier {number(noise)}"
     rows = []
     for count in sorted({max(1, -(-steps * share // 100)) for share in _SHARES}):
@@ -258,13 +260,6 @@ def _whole(given: Mapping[str, str], name: str) -> int:
 
 def _number(given: Mapping[str, str], name: str) -> float:
     return float(_exact(given, name))
-
-
-def _positive(given: Mapping[str, str], name: str) -> float:
-    value = _number(given, name)
-    if value <= 0:
-        raise _out_of_range(given, name, "a number greater than 0")
-    return value
 
 
 def _out_of_range(given: Mapping[str, str], name: str, allowed: str) -> ConfigurationError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,16 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightrail.errors import CheckpointError, CompositionError, NonFiniteLoss
+from lightrail.errors import CheckpointError
 from lightrail.privacy.accounting import RunningEpsilon, calibrated
+from lightrail.privacy.announcement import announce
 from lightrail.privacy.events import Event, joined, merged
-from lightrail.privacy.ledger import ZERO_OUT, Ledger, check_delta, default_delta, plan_table
+from lightrail.privacy.ledger import ZERO_OUT, Ledger, check_delta, default_delta
 from lightrail.privacy.method import PrivacyMethod, PrivateHorizon
 from lightrail.privacy.noise import DeterministicNoise, SystemNoise
 from lightrail.privacy.noise_source import NoiseSource
+from lightrail.privacy.refusals import check_budget, check_continuation, check_finite, check_strategy, no_horizon
+from lightrail.privacy.release import StepRelease
 
 if TYPE_CHECKING:
     from lightrail.run.run import Run
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["PrivacyEngine"]
 
 FILE = "privacy.json"
-_SLACK = 1e-3  # relative: what a calibrated plan may exceed its target by, on a grid of privacy losses
 
 
 class PrivacyEngine:
@@ -45,12 +47,17 @@ class PrivacyEngine:
         self.path: Path | None = None
         self.difference = 0.0
         self._run = run
+        self._resumed: dict[str, Any] | None = None
+        # Where batches are fixed: steps since records were last put in a new order.
+        self._since_order = 0
+        self._order_is_new = False
 
     # The plan.
 
     def attach(self, trainer: Trainer) -> None:
         """Connects to the trainer before it runs."""
         self._trainer = trainer
+        check_strategy(trainer.strategy)
         rank = trainer.global_rank
         seed = int(self._run.composition.config.seed or 0)
         if self.method.deterministic_noise:
@@ -60,9 +67,16 @@ class PrivacyEngine:
             self.noise = SystemNoise(trainer.strategy.root_device, source=self.method.noise_source)
             self._coins = SystemNoise()
 
+    @property
+    def ranks(self) -> int:
+        """How many processes share the run."""
+        return self._trainer.world_size
+
     def limited(self, steps_in_epoch: int) -> int:
         """Steps in an epoch, where the user limits them."""
         limit = self._trainer.limit_train_batches
+        # Lightning would count the micro-batches.
+        self._trainer.fit_loop.max_batches = math.inf
         return min(steps_in_epoch, limit) if type(limit) is int else steps_in_epoch
 
     def begin(self, records: int, batch: int, steps_in_epoch: int, most_steps: int | None = None) -> int:
@@ -82,11 +96,14 @@ class PrivacyEngine:
         self._trainer.fit_loop.epoch_loop.max_steps = horizon.steps
         delta = check_delta(default_delta(records) if self.method.delta is None else self.method.delta, records)
         self.method.prepare(horizon)
-        noise = self._calibrated(horizon, delta) if self.method.noise is None else self.method.noise
-        self.ledger = self._new_ledger(delta, noise, self._planned(noise, 0))
+        if self._resumed is None:
+            noise = self._calibrated(horizon, delta) if self.method.noise is None else self.method.noise
+            self.ledger = self._new_ledger(delta, noise, self._planned(noise, 0))
+        else:
+            self.ledger = self._continued(self._resumed, delta)
         self.running = RunningEpsilon(delta, self.method.accountant)
-        if self._trainer.is_global_zero and self._run.resumed is None:
-            self._announce()
+        if self._trainer.is_global_zero:
+            announce(self.ledger)
         return horizon.steps
 
     def _steps(self, steps_in_epoch: int, most_steps: int | None) -> int:
@@ -95,19 +112,16 @@ class PrivacyEngine:
         if trainer.fit_loop.max_epochs not in (None, -1):
             ends.append(trainer.fit_loop.max_epochs * steps_in_epoch)
         if not ends:
-            raise CompositionError(
-                "a private run must know how long it is: its noise is calibrated for all of its steps",
-                found=f"trainer.max_epochs={trainer.fit_loop.max_epochs} trainer.max_steps=-1",
-                allowed="a number of epochs or of steps",
-                remedy="Set trainer.max_epochs or trainer.max_steps.",
-            )
+            raise no_horizon(trainer.fit_loop.max_epochs)
         return max(1, min(ends))
 
     def _planned(self, noise: float, first: int) -> list[Event]:
         assert self.horizon is not None
         horizon = self.horizon
         if self.method.sampling == "shuffle":
-            epochs = -(-horizon.steps // self._steps_in_epoch) - -(-first // self._steps_in_epoch)
+            # An order that is under way has been accounted for.
+            covered = -self._since_order % self._steps_in_epoch
+            epochs = math.ceil(max(0, horizon.steps - first - covered) / self._steps_in_epoch)
             return [Event(noise, epochs, horizon.records, horizon.records)]
         return self.method.events(noise, horizon, first)
 
@@ -138,22 +152,23 @@ class PrivacyEngine:
             ],
         )
 
-    def _announce(self) -> None:
-        assert self.ledger is not None
-        rows = plan_table(self.ledger)
-        width = max(len(name) for name, _ in rows)
-        print("\n".join(["privacy", *(f"  {name:<{width}}  {value}" for name, value in rows)]), file=sys.stderr)
-
     # The records of a step.
 
     def drawn(self, count: int, step: int) -> Tensor:
         """Which of ``count`` records of this rank take part in a step: a mask ``[count]``."""
         assert self.horizon is not None
-        return self._coins.bernoulli(count, self.method.batch_at(step, self.horizon), self.horizon.records)
+        # What is loaded ahead may lie beyond the last step.
+        batch = self.method.batch_at(min(step, self.horizon.steps - 1), self.horizon)
+        return self._coins.bernoulli(count, batch, self.horizon.records)
 
     def shuffled(self, count: int) -> Tensor:
-        """A secret order of ``count`` records."""
+        """A new order of ``count`` records; the next step begins to release all of them."""
+        self._order_is_new = True
         return self._coins.normal_like([torch.zeros(count, dtype=torch.float64)], 1.0)[0].argsort()
+
+    def keep_order(self) -> None:
+        """Says that the order of the records is one that was under way."""
+        self._order_is_new = False
 
     # The release.
 
@@ -165,22 +180,26 @@ class PrivacyEngine:
             params: The parameters.
             sum_over_ranks: Adds a tensor over all ranks, in place.
         """
-        assert self.horizon is not None and self.ledger is not None
-        release = _Release(self, sum_over_ranks)
+        assert self.horizon is not None
+        assert self.ledger is not None
+        release = StepRelease(self, sum_over_ranks)
         for p, gradient in zip(params, self.method.gradient(sums, params, release), strict=True):
             p.grad = gradient.to(p.dtype).view(p.shape)
         noise = merged(*release.noises) if release.noises else 0.0
-        self._account(release.step, noise, release.batch)
+        self._account(noise, release.batch)
 
-    def _account(self, step: int, noise: float, batch: int) -> None:
-        assert self.horizon is not None and self.ledger is not None
+    def _account(self, noise: float, batch: int) -> None:
+        assert self.horizon is not None
+        assert self.ledger is not None
         records = self.horizon.records
-        if self.method.sampling == "shuffle":
-            # An epoch takes every record once: together its steps are one release of everything.
-            if step % self._steps_in_epoch == 0:
-                self.ledger.record(Event(noise, 1, records, records))
+        if self.method.sampling != "shuffle":
+            self.ledger.record(Event(noise, 1, batch, records))
             return
-        self.ledger.record(Event(noise, 1, batch, records))
+        # An epoch takes every record once: together its steps are one release of everything.
+        if self._order_is_new:
+            self._order_is_new, self._since_order = False, 0
+            self.ledger.record(Event(noise, 1, records, records))
+        self._since_order += 1
 
     @property
     def step(self) -> int:
@@ -199,37 +218,40 @@ class PrivacyEngine:
     def state_dict(self) -> dict[str, Any]:
         """The ledger and the method's state; of the secret numbers nothing, except of those that are no secret."""
         assert self.ledger is not None
-        broken = [name for name, p in self._run.task.named_parameters() if not bool(torch.isfinite(p).all())]
-        if broken:
-            raise NonFiniteLoss(
-                "the parameters are not finite any more",
-                found=f"{broken[0]} and {len(broken) - 1} others" if len(broken) > 1 else broken[0],
-                allowed="finite parameters",
-                remedy="Lower optimizer.lr; noise of high dimension asks for smaller steps than plain gradients do.",
-            )
+        check_finite(self._run.task.named_parameters())
         self.ledger.guards = self.guards()
         return {
             **self.ledger.to_dict(),
             "method": self.method.state_dict(),
-            "noise_state": self.noise.state_dict(),
-            "coins": self._coins.state_dict(),
+            "step": self.step,
+            "since_order": self._since_order,
+            "sources": self._of_all_ranks([self.noise.state_dict(), self._coins.state_dict()]),
         }
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        found: list[Any] = [value] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
 
     def guards(self) -> dict[str, dict[str, Any]]:
         """The budgets of callbacks that guard the validation."""
         found: dict[str, dict[str, Any]] = {}
         for each in self._run.callbacks:
             guards: Any = getattr(each, "guards", None)
-            found |= guards() if callable(guards) else {}
+            told: Any = guards() if callable(guards) else {}
+            found |= told
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the ledger of a checkpoint: what was spent stays spent.
+        """Takes the ledger of a checkpoint, from which the plan will go on: what was spent stays spent.
+
+        Args:
+            state: From :meth:`state_dict`; empty where the checkpoint has none.
 
         Raises:
-            CheckpointError: The checkpoint has no ledger, or what is left of the target does not suffice.
+            CheckpointError: The checkpoint has no ledger.
         """
-        assert self.ledger is not None and self.horizon is not None
         if not state:
             raise CheckpointError(
                 "the checkpoint was not trained privately",
@@ -237,30 +259,28 @@ class PrivacyEngine:
                 allowed="a checkpoint of a run with privacy",
                 remedy="Start a private run anew: what was trained without noise cannot be made private.",
             )
-        before, now = Ledger.from_dict(state), self.ledger
+        self._resumed = state
+
+    def _continued(self, state: dict[str, Any], delta: float) -> Ledger:
+        """The ledger with all that the first part of a run has spent, planned to the end with the noise of that part."""
+        assert self.horizon is not None
+        before = Ledger.from_dict(state)
         noise = before.noise if self.method.noise is None else self.method.noise
         assert noise is not None
-        steps_done = self._trainer.fit_loop.epoch_loop.global_step
-        planned = joined([*before.events, *self._planned(noise, steps_done)])
-        ledger = self._new_ledger(now.delta, noise, planned)
+        self._since_order = state["since_order"]
+        ledger = self._new_ledger(delta, noise, self._planned(noise, state["step"]))
+        check_continuation(before, ledger)
+        ledger.planned = joined([*before.events, *ledger.planned])
         ledger.events = list(before.events)
         ledger.is_private = ledger.is_private and before.is_private
         ledger.assumptions = list(dict.fromkeys([*before.assumptions, *ledger.assumptions]))
-        self.ledger = ledger
-        target = self.method.epsilon
-        if target is not None and ledger.is_private and ledger.planned_epsilon > target * (1 + _SLACK):
-            raise CheckpointError(
-                "what is left of the privacy budget does not suffice for this run",
-                found=f"epsilon {ledger.epsilon():.4g} spent, {ledger.planned_epsilon:.4g} after {self.horizon.steps:,} "
-                f"steps, with the noise {noise:.4g} of the first part",
-                allowed=f"epsilon {target:g}",
-                remedy="Train for fewer steps, or raise privacy.epsilon knowingly.",
-            )
+        check_budget(ledger, self.method.epsilon, self.horizon.steps)
         self.method.load_state_dict(state["method"])
-        self.noise.load_state_dict(state["noise_state"])
-        self._coins.load_state_dict(state["coins"])
-        if self._trainer.is_global_zero:
-            self._announce()
+        sources = state["sources"]
+        noise_state, coins = sources[self._trainer.global_rank % len(sources)]
+        self.noise.load_state_dict(noise_state)
+        self._coins.load_state_dict(coins)
+        return ledger
 
     def write(self, folder: FilePath) -> dict[str, Any]:
         """Writes ``privacy.json``.
@@ -280,30 +300,3 @@ class PrivacyEngine:
             "noise": self.ledger.noise,
             "private": self.ledger.is_private,
         }
-
-
-class _Release:
-    """The noise of one step; see :class:`lightrail.privacy.Release`."""
-
-    def __init__(self, engine: PrivacyEngine, sum_over_ranks: Callable[[Tensor], None]) -> None:
-        assert engine.horizon is not None and engine.ledger is not None and engine.ledger.noise is not None
-        self.horizon = engine.horizon
-        self.step = engine.step
-        self.batch = engine.method.batch_at(self.step, engine.horizon)
-        self.noise: float = engine.ledger.noise
-        self.noises: list[float] = []
-        self._engine = engine
-        self._sum_over_ranks = sum_over_ranks
-
-    def __call__(self, sums: Sequence[Tensor], *, sensitivity: float, noise: float) -> list[Tensor]:
-        self.noises.append(noise)
-        ranks = self._engine._trainer.world_size
-        found = [each if each.dtype in (torch.float32, torch.float64) else each.float() for each in sums]
-        # Independent shares on the ranks add up to the whole: no rank ever holds, or sends, a sum without noise.
-        self._engine.noise.add_to(found, noise * sensitivity / ranks**0.5)
-        return self.summed(found)
-
-    def summed(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        for each in sums:
-            self._sum_over_ranks(each)
-        return list(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import typing
 from abc import ABC, abstractmethod
@@ -250,7 +251,10 @@ def _with_common_options(cls: type) -> inspect.Signature:
     """The signature of a method's constructor, with the common options in the place of ``**common``."""
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]
     kept = [each for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    if len(kept) == len(own):
+    with contextlib.suppress(NameError):  # an annotation that only a type checker knows stays as it is written
+        written = typing.get_type_hints(cls.__init__)
+        kept = [each.replace(annotation=written.get(each.name, each.annotation)) for each in kept]
+    if all(each.kind is not each.VAR_KEYWORD for each in own):
         return inspect.Signature(own)
     hints = typing.get_type_hints(PrivacyMethod.__init__)
     named = {each.name for each in kept}

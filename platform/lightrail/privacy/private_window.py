@@ -87,8 +87,9 @@ class PrivateWindow(WindowClosure):
         recording = Recording(self._trained, self._engine.path)
         with self._watched(recording):
             self._run_lightning()
+        pieces = recording.pieces()
         refuse_unseen(self._trained)
-        return SampleGradients(self._trained, recording.pieces(), self._scale(batch))
+        return SampleGradients(self._trained, pieces, self._scale(batch))
 
     def _first_one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
         self._run_lightning()
@@ -115,8 +116,9 @@ class PrivateWindow(WindowClosure):
             with recording:
                 loss = self._evaluate(self._loss_fn, batch, 0)
             (loss / self._trainer.accumulate_grad_batches).backward()
+            pieces = recording.pieces()
             refuse_unseen(self._trained)
-            return SampleGradients(self._trained, recording.pieces(), self._scale(batch))
+            return SampleGradients(self._trained, pieces, self._scale(batch))
 
     def _one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
         state = self._states[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightrail.errors import CompositionError
+from lightrail.errors import CheckpointError, CompositionError
 from lightrail.privacy.events import steps_per_epoch
 from lightrail.run.windows import MicroBatch, Windows, describe_loader
 from lightrail.sample_gradients.paths import take
@@ -43,7 +43,8 @@ class PrivateWindows(Windows):
         self.counts_steps = True
         self.steps_in_epoch = 1
         self._epoch_step = 0
-        self._resumed_step: int | None = None
+        self._order: Tensor | None = None
+        self._goes_on: dict[str, Any] | None = None
 
     # Joining a run.
 
@@ -60,15 +61,25 @@ class PrivateWindows(Windows):
             )
         self._loader, self.rank, self.world_size, self._device = loader, rank, world_size, device
         self._sampler = None
-        self.data_size = _length(loader)
-        self.base = min(int(loader.batch_size or 1) * world_size, self.data_size)
+        size = _length(loader)
+        if self.is_open and size != self.data_size:
+            raise CompositionError(
+                "the training data has changed its size during a private run",
+                found=f"{size:,} records after {self.data_size:,}",
+                allowed="the same records from the first step to the last",
+                remedy="Return the same data from train_dataloader whenever it is asked.",
+            )
+        if not self.is_open:
+            self.data_size = size
+            self.base = min(int(loader.batch_size or 1) * world_size, size)
         return self
 
     def begin(self, epochs: int | None, scales_with_gradient: bool) -> Extent:
         engine = self._engine
         batch = self.data_size if engine.method.sampling == "full" else self.base
         self.base = batch
-        self.steps_in_epoch = engine.limited(steps_per_epoch(batch, self.data_size))
+        self._steps_of_all = steps_per_epoch(batch, self.data_size)
+        self.steps_in_epoch = engine.limited(self._steps_of_all)
         most = None if self._max_samples is None else max(1, self._max_samples // batch)
         steps = engine.begin(self.data_size, batch, self.steps_in_epoch, most)
         self.is_open = True
@@ -88,21 +99,27 @@ class PrivateWindows(Windows):
     def __iter__(self) -> Iterator[Any]:
         if not self.is_open:
             return iter(())
-        self._epoch_step, self._resumed_step = self._resumed_step or 0, None
+        before, self._goes_on = self._goes_on, None
+        self._epoch_step = before["epoch_step"] if before else 0
+        own = torch.arange(self.rank, self.data_size, self.world_size)
+        if self._engine.method.sampling == "shuffle":
+            if before is None:
+                self._order = self._engine.shuffled(len(own))
+            else:
+                self._order = before["order"]
+                self._engine.keep_order()
         self._current = None
         self._drawn.clear()
-        return self._counted(iter(self._reloaded(self._draw_epoch(self._epoch_step))))
+        return self._counted(iter(self._reloaded(self._draw_epoch(own, self._epoch_step))))
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._current = current = self._drawn.popleft()
             yield batch if current.size else take(batch, [])
 
-    def _draw_epoch(self, first: int) -> Iterator[list[int]]:
-        own = torch.arange(self.rank, self.data_size, self.world_size)
-        order = self._engine.shuffled(len(own)) if self._engine.method.sampling == "shuffle" else None
+    def _draw_epoch(self, own: Tensor, first: int) -> Iterator[list[int]]:
         for ahead, place in enumerate(range(first, self.steps_in_epoch)):
-            chosen = own[self._choose(len(own), self.steps + ahead, place, order)]
+            chosen = own[self._choose(len(own), self.steps + ahead, place)]
             sizes = self._sizes(len(chosen))
             is_last = place + 1 == self.steps_in_epoch
             for i, (size, part) in enumerate(zip(sizes, chosen.split(sizes), strict=True)):
@@ -110,15 +127,15 @@ class PrivateWindows(Windows):
                 portion = Portion(self.base)
                 self._drawn.append(MicroBatch(portion, size, len(sizes), closes, closes and is_last))
                 # A loader has no empty batches; of one record's, no sample is kept.
-                yield part.tolist() if size else own[:1].tolist()
+                yield part.tolist() if size else [self.rank % self.data_size]
 
-    def _choose(self, count: int, step: int, place: int, order: Tensor | None) -> Tensor:
+    def _choose(self, count: int, step: int, place: int) -> Tensor:
         """Which of this rank's records a step has: a mask, or positions in a shuffled order."""
-        if order is None:
+        if self._order is None:
             return self._engine.drawn(count, step)
         each = self.base // self.world_size
         # The last batch of an epoch has what is left: every record once.
-        return order[place * each : None if place + 1 == self.steps_in_epoch else (place + 1) * each]
+        return self._order[place * each : None if place + 1 == self._steps_of_all else (place + 1) * each]
 
     def _sizes(self, count: int) -> list[int]:
         """As few micro-batches as fit, even in size, as many as the rank with the most needs."""
@@ -137,11 +154,22 @@ class PrivateWindows(Windows):
     # Saving.
 
     def position(self) -> dict[str, Any]:
-        return {"samples": self.samples, "steps": self.steps, "epoch_step": self._epoch_step}
+        # The order of fixed batches amplifies nothing, and is no secret.
+        cut = {"order": self._order, "base": self.base, "ranks": self.world_size}
+        return {"samples": self.samples, "steps": self.steps, "epoch_step": self._epoch_step, **cut}
 
     def go_to(self, position: dict[str, Any], *, epoch_is_open: bool) -> None:
         self.samples, self.steps = position["samples"], position["steps"]
-        self._resumed_step = position["epoch_step"] if epoch_is_open else None
+        self._goes_on = position if epoch_is_open and position["epoch_step"] else None
+        cuts = [(position["base"], position["ranks"]), (self.base, self.world_size)]
+        if self._goes_on and position["order"] is not None and cuts[0] != cuts[1]:
+            (batch, ranks), (batch_now, ranks_now) = cuts
+            raise CheckpointError(
+                "an epoch of fixed batches cannot go on with others: a record could be in two of them",
+                found=f"batches of {batch_now} on {ranks_now} ranks",
+                allowed=f"batches of {batch} on {ranks} ranks, as the epoch began",
+                remedy="Resume with the same data.batch_size and trainer.devices.",
+            )
 
 
 def _length(loader: DataLoader[Any]) -> int:

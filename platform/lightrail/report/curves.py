@@ -20,6 +20,8 @@ __all__ = ["Chart", "charts", "draw"]
 
 COLOURS = {"train": "#3866d6", "val": "#e07a1f", "test": "#1f9d76", "": "#3866d6"}
 MORE_COLOURS = ("#3866d6", "#e07a1f", "#1f9d76", "#a04fb8", "#c43d5a", "#6b7280", "#2a9bb5", "#97852a")
+EPSILON = "epsilon"
+EXACT = ("learning_rate", EPSILON)  # set by a formula: a mean over it would only blur it
 INK, FAINT = "#374151", "#e5e7eb"
 SMOOTH_FROM = 150  # points; shorter series are shown as they are
 DRAWN_AT_MOST = 4000  # points a line: more than the picture has columns
@@ -35,7 +37,7 @@ class Series:
     stage: str
     steps: np.ndarray
     values: np.ndarray
-    is_exact: bool = False  # set by a formula: a mean over it would only blur it
+    is_exact: bool = False
 
     @property
     def is_smoothed(self) -> bool:
@@ -50,11 +52,13 @@ class Chart:
         base: What is measured.
         series: The lines.
         best: The ``(step, value)`` that a monitor held to be best, and its stage.
+        limit: A value that the curve is to stay below.
     """
 
     base: str
     series: Sequence[Series]
     best: tuple[str, int, float] | None = None
+    limit: float | None = None
 
     @property
     def title(self) -> str:
@@ -69,6 +73,8 @@ class Chart:
             parts.append(f"best {stage} {number(value)} at step {step:,}")
         if any(line.is_smoothed for line in self.series):
             parts.append("bold: running mean")
+        if self.limit is not None:
+            parts.append(f"dashed: the target {self.limit:g}")
         return " · ".join(parts)
 
     @property
@@ -95,6 +101,7 @@ def charts(metrics: Mapping[str, Sequence[tuple[int, float]]], summary: Mapping[
         ['loss', 'learning_rate']
     """
     groups: dict[str, list[Series]] = {}
+    account = summary.get("privacy") or {}
     for name, points in metrics.items():
         stage, base = stage_and_base(name)
         label = stage or base
@@ -105,13 +112,27 @@ def charts(metrics: Mapping[str, Sequence[tuple[int, float]]], summary: Mapping[
         elif line := _SHARED.fullmatch(base):
             base, label = line[1], line[2].replace("_", " ")
         kept = [(step, value) for step, value in points if math.isfinite(value)]
+        if name == EPSILON:
+            kept = _to_the_end(kept, account.get("epsilon"), summary.get("steps"))
         if kept:
             steps, values = np.array([p[0] for p in kept]), np.array([p[1] for p in kept], dtype=float)
-            groups.setdefault(base, []).append(Series(label, stage, steps, values, base == "learning_rate"))
+            groups.setdefault(base, []).append(Series(label, stage, steps, values, base in EXACT))
     # A test is one point at the end: its place is among the final metrics.
     drawn = {base: [s for s in lines if s.stage != "test" or len(s.steps) > 1] for base, lines in groups.items()}
     shown = {base: lines for base, lines in drawn.items() if any(len(line.steps) > 1 for line in lines)}
-    return [Chart(base, shown[base], _best(base, shown[base], summary)) for base in _in_order(shown, summary)]
+    limits = {EPSILON: account.get("target_epsilon")}
+    return [
+        Chart(base, shown[base], _best(base, shown[base], summary), limits.get(base))
+        for base in _in_order(shown, summary)
+    ]
+
+
+def _to_the_end(points: list[tuple[int, float]], spent: object, steps: object) -> list[tuple[int, float]]:
+    """A curve of what was spent, with what it came to: it is told only now and then on the way."""
+    if not points or not isinstance(spent, int | float) or not isinstance(steps, int):
+        return points
+    last = max(points[-1][0], steps - 1)
+    return [*(point for point in points if point[0] < last), (last, float(spent))]
 
 
 def _in_order(bases: Mapping[str, object], summary: Mapping[str, Any]) -> list[str]:
@@ -120,7 +141,7 @@ def _in_order(bases: Mapping[str, object], summary: Mapping[str, Any]) -> list[s
     def rank(base: str) -> int:
         if base in first:
             return first.index(base)
-        return 4 if "/" in base else 3 if base == "learning_rate" else 2
+        return 4 if "/" in base else 3 if base in EXACT else 2
 
     return sorted(bases, key=rank)
 
@@ -151,8 +172,12 @@ def draw(chart: Chart) -> Figure:
         if chart.best is not None and line.stage == chart.best[0]:
             axes.plot(*chart.best[1:], "o", ms=8, mfc="none", mec=colour, mew=1.6, zorder=5)
     values = np.concatenate([line.values for line in chart.series])
-    if chart.base != "learning_rate" and values.min() > 0 and values.max() > 200 * values.min():
+    if chart.base not in EXACT and values.min() > 0 and values.max() > 200 * values.min():
         axes.set_yscale("log")
+    if chart.base == EPSILON:
+        axes.set_ylim(0, 1.08 * max(values.max(), chart.limit or 0.0))
+    if chart.limit is not None:
+        axes.axhline(chart.limit, color=INK, lw=1.2, ls=(0, (4, 3)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("step", color=INK, fontsize=10)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightrail.errors import DataError
+from lightrail.errors import UserError
 from lightrail.report.metrics import read_metrics
 
 __all__ = ["RunRecord"]
@@ -26,6 +26,7 @@ class RunRecord:
         config: The text of ``config.yaml``.
         lock: The contents of ``lock.json``.
         summary: The contents of ``summary.json``.
+        privacy: The contents of ``privacy.json``, which only private runs have.
         missing: For each file that could not be read, why.
     """
 
@@ -34,11 +35,12 @@ class RunRecord:
     config: str = ""
     lock: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Reads whatever of the four files is there."""
+        """Reads whatever of the files is there."""
         missing: dict[str, str] = {}
 
         def attempt(name: str, read: Callable[[Path], T], otherwise: T) -> T:
@@ -46,7 +48,7 @@ class RunRecord:
                 return read(folder / name)
             except FileNotFoundError:
                 missing[name] = f"{name} is not in this folder."
-            except DataError as error:
+            except UserError as error:
                 missing[name] = f"{error.what}: {error.found}."
             except (OSError, ValueError) as error:
                 missing[name] = f"{name} could not be read: {error}."
@@ -58,6 +60,7 @@ class RunRecord:
             config=attempt("config.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
             lock=attempt("lock.json", _mapping, {}),
             summary=attempt("summary.json", _mapping, {}),
+            privacy=attempt("privacy.json", _mapping, {}),
             missing=missing,
         )
 
@@ -65,6 +68,12 @@ class RunRecord:
     def is_generation(self) -> bool:
         """Whether it is of samples that were drawn rather than of a model that was trained."""
         return self.summary.get("command") == "generate"
+
+    @property
+    def is_private_by_plan(self) -> bool:
+        """Whether privacy was asked for, whatever came of it."""
+        plugins = self.lock.get("plugins") or ()
+        return bool(self.privacy) or "privacy" in self.summary or any(p.get("kind") == "privacy" for p in plugins)
 
     @property
     def name(self) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lightrail.report.privacy import spending
 from lightrail.report.wording import by_base, monitored, number, size
 
 if TYPE_CHECKING:
@@ -46,6 +49,17 @@ class ResultTable:
         return " · ".join(status + size(self.summary))
 
     @property
+    def privacy(self) -> str:
+        """What was spent of the privacy of the data, in one line; empty where none was asked for."""
+        if "privacy" not in self.summary:
+            return ""
+        values = self.summary["privacy"] or {}
+        # The file knows the accountant too, and on what the guarantee rests.
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            values = {**values, **json.loads((self.folder / "privacy.json").read_text(encoding="utf-8"))}
+        return f"privacy  {spending(values)}" if values else "privacy  not known: the run ended before it was planned"
+
+    @property
     def paths(self) -> list[str]:
         """The run folder and, if there is one, its report."""
         folder = self.folder.resolve()
@@ -59,7 +73,7 @@ class ResultTable:
             texts = (value.rjust(width) for value, width in zip(values, widths[1:], strict=True))
             lines.append("   ".join([name.ljust(widths[0]), *texts]).rstrip())
         notes = [str(note) for note in self.summary.get("notes") or ()]
-        blocks = ["\n".join(block) for block in (lines, [self.facts], notes, self.paths) if any(block)]
+        blocks = ["\n".join(block) for block in (lines, [self.privacy], [self.facts], notes, self.paths) if any(block)]
         return "\n\n".join(blocks)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -67,6 +81,9 @@ class ResultTable:
 
         if self.cells:
             yield self._table()
+            yield Text()
+        if self.privacy:
+            yield Text(self.privacy, style="bold red" if "NOT private" in self.privacy else "bold")
             yield Text()
         status = str(self.summary.get("status", ""))
         line = Text(self.facts, style="dim")

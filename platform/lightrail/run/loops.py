@@ -264,8 +264,10 @@ class EpochLoop(_TrainingEpochLoop):
         """
         loader = self.trainer.fit_loop._combined_loader
         started = loader.random_at_start if epoch_is_open and isinstance(loader, PositionedLoader) else None
+        is_secret = self.windows is not None and self.windows.is_secret
+        started = None if is_secret else started
         return {
-            "random": RandomState.capture().state_dict(),
+            "random": None if is_secret else RandomState.capture().state_dict(),
             "random_at_start": None if started is None else started.state_dict(),
             "epoch_is_open": epoch_is_open,
             "windows": None if self.windows is None else self.windows.position(),
@@ -278,6 +280,11 @@ class EpochLoop(_TrainingEpochLoop):
     def _go_to_position(self, data_fetcher: _DataFetcher) -> None:
         position, self._position = self._position, None
         if position is None:
+            return
+        if position["random"] is None:
+            assert self.windows is not None
+            self.windows.go_to(position["windows"], epoch_is_open=position["epoch_is_open"])
+            iter(data_fetcher)
             return
         random = RandomState.from_state_dict(position["random"])
         if self.windows is not None and position["windows"] is not None:

@@ -222,8 +222,6 @@ class Observation(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         position = self._loop.position(epoch_is_open=self._epoch_is_open)
         privacy = None if self._privacy is None else self._privacy.state_dict()
-        if self._privacy is not None and trainer.is_global_zero:
-            self._privacy.write(self.folder.path)
         checkpoint["lightrail"] = {
             "core": __version__,
             "lock": self._lock,

@@ -53,6 +53,7 @@ class Windows:
         self.samples = 0
         self.steps = 0
         self.rank, self.world_size = 0, 1
+        self.is_secret = False  # whether no checkpoint may hold the random numbers that batches and masks come from
         self.counts_steps = False  # where a number of steps is the horizon, rather than of samples
         self.is_open = False  # Lightning draws a batch when it sets up the data, before anything can be decided
         self.end = math.inf  # in samples

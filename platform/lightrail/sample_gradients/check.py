@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from lightrail.errors import CompositionError
 from lightrail.sample_gradients.gradients import SampleGradients
@@ -71,10 +72,14 @@ def _together(
     with torch.enable_grad():
         with numbers, recording:
             loss = evaluate(batch)
-        loss.backward()
+        try:
+            loss.backward()
+        except CheckpointError as error:
+            raise _unseen("activation checkpointing, which evaluates a second time") from error
+    pieces = recording.pieces()
     refuse_unseen(params)
     scale = PROBED[0] if is_mean else 1
-    return SampleGradients(params, recording.pieces(), scale).per_sample(), recording.owners
+    return SampleGradients(params, pieces, scale).per_sample(), recording.owners
 
 
 def _alone(
@@ -122,13 +127,19 @@ def refuse_unseen(params: Sequence[Tensor]) -> None:
     if unseen:
         for p in unseen:
             p.grad = None
-        raise CompositionError(
-            "a parameter was used where its samples' gradients cannot be seen",
-            found=f"a gradient on a parameter of shape {tuple(unseen[0].shape)} from outside the watched operations: "
-            "activation checkpointing, a compiled or scripted part, or a custom autograd function",
-            allowed="operations of torch, evaluated eagerly",
-            remedy="Switch that off, or evaluate samples one by one with privacy.engine=one_by_one (slow).",
+        raise _unseen(
+            f"a gradient on a parameter of shape {tuple(unseen[0].shape)} from outside the watched operations: "
+            "activation checkpointing, a scripted part, or a custom autograd function"
         )
+
+
+def _unseen(found: str) -> CompositionError:
+    return CompositionError(
+        "a parameter was used where its samples' gradients cannot be seen",
+        found=found,
+        allowed="operations of torch, evaluated eagerly",
+        remedy="Switch that off, or evaluate samples one by one with privacy.engine=one_by_one (slow).",
+    )
 
 
 def _difference(together: Sequence[Tensor], alone: Sequence[Tensor]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ DROPOUT_OF_RECURRENT = 5  # where the rate of the dropout between their layers s
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
-@lru_cache(maxsize=None)
+@cache
 def transparent(func: Any) -> Callable[..., Any] | None:
     """A function of torch that is written in Python, such that the operations inside it are seen.
 

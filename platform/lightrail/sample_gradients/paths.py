@@ -93,10 +93,11 @@ class _Survey(TorchFunctionMode):
         shapes = [each.shape for each in operands]
         found = func(*args, **kwargs)
         outputs = tensors_in(found)
-        self.seen.append(_Seen(func, shapes, [each.shape for each in outputs]))
-        is_second = self._before is not None and torch.is_grad_enabled()
-        if is_second and any(id(each) in self._params for each in operands):
-            self._compare(outputs)
+        # What has no gradient never consumed a parameter that counts; how often it is done may change.
+        if torch.is_grad_enabled() and any(each.requires_grad for each in outputs):
+            self.seen.append(_Seen(func, shapes, [each.shape for each in outputs]))
+            if self._before is not None and any(id(each) in self._params for each in operands):
+                self._compare(outputs)
         return found
 
     def _compare(self, outputs: list[Tensor]) -> None:

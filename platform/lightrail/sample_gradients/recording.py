@@ -15,6 +15,7 @@ from lightrail.sample_gradients.generic import Used, pieces_of
 from lightrail.sample_gradients.operands import DROPOUT_OF_RECURRENT, RECURRENT, Call, cannot_separate, transparent
 from lightrail.sample_gradients.paths import Path, consumes, makes_something, tensors_in
 from lightrail.sample_gradients.pieces import Piece
+from lightrail.sample_gradients.shared import SharedPiece
 
 __all__ = ["Recording"]
 
@@ -47,6 +48,7 @@ class Recording(TorchFunctionMode):
         self._index = 0
         self._of_parameters = {id(p): p for p in self.params}
         # Whatever is made of parameters alone keeps its graph, down to them.
+        self._made_into: set[int] = set()
         self._uses: list[Used] = []
         self._pieces: list[Piece] = []
         self.owners: dict[int, list[Tensor]] = {}  # of each operation of the path, by its position
@@ -70,6 +72,7 @@ class Recording(TorchFunctionMode):
         return found
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._made_into.update(id(each) for each in tensors_in((args, kwargs)))
         found = func(*args, **kwargs)
         self._of_parameters.update({id(each): each for each in tensors_in(found) if each.requires_grad})
         return found
@@ -121,7 +124,16 @@ class Recording(TorchFunctionMode):
             else:
                 self._hand_down(piece, found)
         self._pieces = []
+        self._share(found)
         return [found[id(p)] for p in self.params]
+
+    def _share(self, found: dict[int, list[Piece]]) -> None:
+        """A gradient that did reach a parameter is that of a penalty on it, the same for every sample."""
+        count = next((pieces[0].count for pieces in found.values() if pieces), 0)
+        for p in self.params:
+            if count and p.grad is not None and id(p) in self._made_into:
+                found[id(p)].append(SharedPiece(p, p.grad / count, count))
+                p.grad = None
 
     def _hand_down(self, piece: Piece, found: dict[int, list[Piece]]) -> None:
         """From something made of parameters to the parameters, sample by sample."""

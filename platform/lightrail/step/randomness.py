@@ -47,6 +47,13 @@ class RandomState:
         if self.accelerator and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.accelerator)
 
+    @staticmethod
+    def forget_seed() -> None:
+        """Seeds every generator with numbers of the system, so that nobody can repeat what is drawn from here on."""
+        torch.seed()
+        random.seed()
+        np.random.seed()
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         version, words, gauss = self.python

@@ -1,0 +1,110 @@
+"""What a private run cannot go on with: sharded parameters, another notion of neighbours, a budget that is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+
+from lightrail.errors import CheckpointError, CompositionError, NonFiniteLoss
+from lightrail.privacy.ledger import Ledger
+
+__all__ = ["check_budget", "check_continuation", "check_finite", "check_strategy", "no_horizon", "sharded"]
+
+_SLACK = 1e-3  # relative: what a calibrated plan may exceed its target by, on a grid of privacy losses
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses a strategy under which a rank has no whole parameters, or exchanges more than sums with noise.
+
+    Args:
+        strategy: Of the trainer.
+
+    Raises:
+        CompositionError: It is neither one device nor plain DDP.
+    """
+    # Others that inherit from DDP divide parameters, or exchange gradients in ways of their own.
+    if isinstance(strategy, SingleDeviceStrategy) or type(strategy) is DDPStrategy:
+        return
+    raise sharded(type(strategy).__name__)
+
+
+def sharded(strategy: str) -> CompositionError:
+    """The refusal of a strategy, by its name."""
+    return CompositionError(
+        "a private run needs whole parameters on every rank, and exchanges nothing but sums with noise",
+        found=f"trainer.strategy={strategy}",
+        allowed="one device, or trainer.strategy=ddp",
+        remedy="Use trainer=ddp; privacy.max_physical_batch decides how many samples must fit in memory at once.",
+    )
+
+
+def check_continuation(before: Ledger, now: Ledger) -> None:
+    """Refuses to add up what means different things.
+
+    Args:
+        before: The ledger of the first part of a run.
+        now: That of the rest.
+
+    Raises:
+        CheckpointError: They mean different things by neighbouring data, or draw batches in different ways.
+    """
+    if (before.adjacency, before.sampling) != (now.adjacency, now.sampling):
+        raise CheckpointError(
+            "the two parts of this run cannot be accounted together",
+            found=f"sampling={now.sampling} ({now.adjacency})",
+            allowed=f"sampling={before.sampling} ({before.adjacency}), as in the first part",
+            remedy=f"Resume with privacy.sampling={before.sampling}.",
+        )
+
+
+def check_budget(ledger: Ledger, target: float | None, steps: int) -> None:
+    """Refuses to go on where the rest of a run would exceed its target.
+
+    Args:
+        ledger: Of a run that goes on: what was spent, and the plan of the whole.
+        target: Epsilon; ``None`` where the noise was given instead.
+        steps: Of the whole run.
+
+    Raises:
+        CheckpointError: It would.
+    """
+    if target is None or not ledger.is_private or ledger.planned_epsilon <= target * (1 + _SLACK):
+        return
+    raise CheckpointError(
+        "what is left of the privacy budget does not suffice for this run",
+        found=f"epsilon {ledger.epsilon():.4g} spent, {ledger.planned_epsilon:.4g} after {steps:,} steps, with the "
+        f"noise {ledger.noise:.4g} of the first part",
+        allowed=f"epsilon {target:g}",
+        remedy="Train for fewer steps, or raise privacy.epsilon knowingly.",
+    )
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses to save parameters that are not finite, which no noise of finite size explains.
+
+    Args:
+        named: Parameters and their names.
+
+    Raises:
+        NonFiniteLoss: One is not finite.
+    """
+    broken = [name for name, p in named if not bool(p.isfinite().all())]
+    if broken:
+        raise NonFiniteLoss(
+            "the parameters are not finite any more",
+            found=f"{broken[0]} and {len(broken) - 1} others" if len(broken) > 1 else broken[0],
+            allowed="finite parameters",
+            remedy="Lower optimizer.lr; noise of high dimension asks for smaller steps than plain gradients do.",
+        )
+
+
+def no_horizon(max_epochs: int | None) -> CompositionError:
+    """The refusal of a run without an end."""
+    return CompositionError(
+        "a private run must know how long it is: its noise is calibrated for all of its steps",
+        found=f"trainer.max_epochs={max_epochs} trainer.max_steps=-1",
+        allowed="a number of epochs or of steps",
+        remedy="Set trainer.max_epochs or trainer.max_steps.",
+    )

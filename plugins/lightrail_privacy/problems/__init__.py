@@ -1,0 +1,1 @@
+"""Problems on which the claims of private methods are measured."""
