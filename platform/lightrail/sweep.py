@@ -45,7 +45,7 @@ def run_sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
             break
     _print_table(rows, len(jobs))
     if any("privacy" in summary for _, _, summary in rows):
-        from lightrail.privacy.together import spent_together
+        from lightrail.privacy.trials import spent_together
 
         print("\n" + "\n".join(spent_together([summary for _, _, summary in rows])))
     return 0 if len(rows) == len(jobs) and all(status == 0 for _, status, _ in rows) else 1

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from lightrail.options import at_least, between, positive
 from lightrail.privacy import PrivateHorizon
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_privacy.gradient_differences import GradientDifferences
 
 __all__ = ["DIFF2"]
@@ -21,7 +21,10 @@ class DIFF2(GradientDifferences):
         v_r = v_{r-1} + \tfrac{1}{n} \left(\sum_i \mathrm{clip}(g_i(x_{r-1}) - g_i(x_{r-2}), C_{2,r})
         + z_2 C_{2,r} \xi\right) \text{ otherwise}, \qquad C_{2,r} = C_2 \|x_{r-1} - x_{r-2}\|
 
-    It pays where steps are many and noise is what limits them; in a few steps DP-SGD with ``sampling=full`` is better.
+    At one learning rate, many steps of it are less noisy than those of DP-SGD with ``sampling=full``; where each had a
+    learning rate of its own, DP-SGD was as good or better in all that was measured. The noise feeds on itself: with
+    SGD at a rate of η, d parameters and gradients that stay as they are, :math:`\|v\|^2` grows on average by
+    :math:`1 + (\eta C_2 z_2)^2 d / n^2` a step, which a restart ends.
 
     Args:
         clip_norm: C_1, the largest norm of a sample's gradient, greater than 0.
@@ -64,6 +67,13 @@ class DIFF2(GradientDifferences):
         state=2,
         extra_evaluations=1,
         needs_per_sample_gradients=True,
+        claim=Claim(
+            sentence="over many rounds, a smaller gradient than DP-GD's at the same epsilon",
+            baseline="dp_sgd",
+            problems=("private_logistic",),
+            options={"epsilon": 1.0, "clip_norm": 1.2, "smoothness": 0.6},
+            baseline_options={"epsilon": 1.0, "clip_norm": 1.2, "sampling": "full"},
+        ),
     )
     samplings: ClassVar[tuple[str, ...]] = ("full",)
 

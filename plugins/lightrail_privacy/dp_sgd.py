@@ -11,7 +11,7 @@ from torch import Tensor
 from lightrail.options import between, one_of, positive
 from lightrail.privacy import PrivacyMethod, PrivateHorizon, Release
 from lightrail.sample_gradients import SampleGradients
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_privacy.clipping import (
     adapted_norm,
     automatic_factors,
@@ -84,7 +84,15 @@ class DPSGD(PrivacyMethod):
         needs_per_sample_gradients=True,
         verified=(
             "Softmax regression on the digits, batches of a tenth, 200 steps, delta 1e-5: test accuracy 0.95 without "
-            "noise and 0.95, 0.93 and 0.89 at epsilon 8, 3 and 1, over five seeds.",
+            "noise and clipping, and 0.93, 0.92 and 0.88 at epsilon 8, 3 and 1, over five seeds.",
+        ),
+        claim=Claim(
+            sentence="automatic clipping is as good as flat clipping",
+            baseline="dp_sgd",
+            margin=0.05,
+            problems=("private_digits",),
+            options={"epsilon": 3.0, "clip": "automatic"},
+            baseline_options={"epsilon": 3.0},
         ),
     )
 

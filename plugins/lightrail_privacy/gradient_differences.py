@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,13 +165,13 @@ class GradientDifferences(PrivacyMethod):
         self._radius: float | None = None
         self._step = 0
 
-    @abstractmethod
     def period(self, horizon: PrivateHorizon) -> int:
         """Steps from one anchor to the next, at least 1; step 0 is one."""
+        raise NotImplementedError
 
-    @abstractmethod
     def radius(self, moved: float) -> float:
         """How long a sample's difference may be after the parameters moved so far; 0 for 0."""
+        raise NotImplementedError
 
     @property
     def assumptions(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lightrail.errors import ConfigurationError
 from lightrail.options import at_least, positive
 from lightrail.privacy import PrivateHorizon
-from lightrail.traits import Traits
+from lightrail.traits import Claim, Traits
 from lightrail_privacy.gradient_differences import GradientDifferences
 
 __all__ = ["PrivateSpiderBoost"]
@@ -24,7 +24,9 @@ class PrivateSpiderBoost(GradientDifferences):
         \nabla_t = \nabla_{t-1} + \tfrac{1}{b_2} \left(\sum_{i \in S_t} \mathrm{clip}(g_i(w_t) - g_i(w_{t-1}), R_t)
         + z_2 R_t \xi\right) \text{ otherwise}, \qquad R_t = \min(L_1 \|w_t - w_{t-1}\|, 2 L_0)
 
-    with Poisson batches S_t of b_1 records expected at an anchor, and b_2, the data's own batch size, elsewhere.
+    with Poisson batches S_t of b_1 records expected at an anchor, and b_2, the data's own batch size, elsewhere. The
+    noise of a difference grows with the step that it follows, so that large steps make the next gradient larger: with
+    many parameters, short phases and small learning rates.
 
     Args:
         lipschitz: L_0, the largest norm of a sample's gradient, greater than 0.
@@ -68,6 +70,13 @@ class PrivateSpiderBoost(GradientDifferences):
         state=2,
         extra_evaluations=1,
         needs_per_sample_gradients=True,
+        claim=Claim(
+            sentence="a lower loss than DP-SGD's at the same epsilon",
+            baseline="dp_sgd",
+            problems=("private_digits",),
+            options={"epsilon": 3.0, "phase": 10},
+            baseline_options={"epsilon": 3.0},
+        ),
     )
     samplings: ClassVar[tuple[str, ...]] = ("poisson", "full")
 

@@ -103,15 +103,19 @@ def flat(module: Any) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
-def compose(root: Path, *overrides: str, task: str = "privacy_runs.Module", data: str = "privacy_runs.Points") -> Run:
-    """A run whose update is its gradient, which nobody logs."""
+def compose(
+    root: Path,
+    *overrides: str,
+    task: str = "privacy_runs.Module",
+    data: str = "privacy_runs.Points",
+    is_own: bool = False,
+) -> Run:
+    """A run whose update is its gradient; with the task's own optimizer where it is to have it."""
     return lightrail.compose(
         [
             f"task={task}",
             f"data={data}",
-            "optimizer=sgd",
-            "optimizer.lr=1",
-            "schedule=null",
+            *([] if is_own else ["optimizer=sgd", "optimizer.lr=1", "schedule=null"]),
             "logger=[csv]",
             "trainer.accelerator=cpu",
             "trainer.max_epochs=1",
@@ -124,7 +128,7 @@ def compose(root: Path, *overrides: str, task: str = "privacy_runs.Module", data
 PRIVATE = ("+privacy=dp_sgd", "privacy.accountant=rdp")
 
 
-def private(root: Path, *overrides: str, noise: float = 1.0, **names: str) -> Run:
+def private(root: Path, *overrides: str, noise: float = 1.0, **names: Any) -> Run:
     return compose(root, *PRIVATE, f"privacy.noise={noise}", *overrides, **names)
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-PACKAGES = ("lightrail", "lightrail_starter", "lightrail_optimizers", "lightrail_schedules")
+PACKAGES = ("lightrail", "lightrail_starter", "lightrail_optimizers", "lightrail_schedules", "lightrail_privacy")
 
 
 def modules() -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from privacy_runs import (
     Module,
-    Points,
     Watch,
     compose,
     flat,
@@ -21,6 +21,9 @@ from privacy_runs import (
     watched,
 )
 from torch import Tensor
+
+from lightrail.privacy.audit import audited
+from lightrail.privacy.engine import PrivacyEngine
 
 WITHOUT_NOISE = ("privacy.clip_norm=1e6",)
 STEADY = ("privacy.deterministic_noise=true",)
@@ -101,8 +104,22 @@ def test_a_step_without_records_happens_and_is_accounted(tmp_path: Path) -> None
     assert told(only(tmp_path))["events"] == [{"noise": 1.0, "steps": 40, "batch": 1, "records": 40}]
 
 
+@pytest.mark.parametrize("engine", ["one_pass", "one_by_one"])
+def test_the_first_steps_may_have_no_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    def given(self: Any, count: int, step: int) -> Tensor:
+        return torch.arange(count) % 8 == 2 if step >= 2 else torch.zeros(count, dtype=torch.bool)
+
+    monkeypatch.setattr(PrivacyEngine, "drawn", given)
+    options = (f"privacy.engine={engine}", "trainer.max_steps=4", *WITHOUT_NOISE)
+    watch = watched(private(tmp_path, *options, noise=0.0))
+    records = list(range(2, 64, 8))
+    assert watch.records == [[], [], records, records]
+    for gradient, drawn, of_each in zip(watch.gradients, watch.records, gradients_of(watch), strict=True):
+        torch.testing.assert_close(gradient, of_each[drawn].sum(0) / 8, rtol=1e-5, atol=1e-7)
+
+
 def test_sizes_of_batches_are_those_of_coins(tmp_path: Path) -> None:
-    run = private(tmp_path, *STEADY, "trainer.max_epochs=40", "optimizer.lr=0", "logger=[]")
+    run = private(tmp_path, *STEADY, "trainer.max_steps=320", "trainer.max_epochs=-1", "optimizer.lr=0", "logger=[]")
     sizes = torch.tensor([float(len(each)) for each in watched(run).records])
     assert len(sizes) == 320
     mean, variance = 8.0, 64 * (1 / 8) * (7 / 8)
@@ -126,7 +143,7 @@ def test_a_limit_is_in_steps(tmp_path: Path) -> None:
 
 def test_fixed_batches_take_every_record_once_and_amplify_nothing(tmp_path: Path) -> None:
     watch = watched(private(tmp_path, "privacy.sampling=shuffle", "data.size=70", "trainer.max_epochs=2"))
-    epochs = [sum(watch.records[:9], []), sum(watch.records[9:], [])]
+    epochs = [[record for each in part for record in each] for part in (watch.records[:9], watch.records[9:])]
     assert [sorted(each) for each in epochs] == [list(range(70))] * 2
     assert epochs[0] != epochs[1]
     ledger = told(only(tmp_path))
@@ -155,6 +172,10 @@ def test_what_is_told_agrees_everywhere(tmp_path: Path) -> None:
     assert summary["privacy"]["epsilon"] == ledger["epsilon"] == ledger["planned_epsilon"]
     assert float(logged[-1]["epsilon"]) == pytest.approx(ledger["epsilon"], rel=1e-2)
     assert all(not state for state in saved["sources"][0]), "a secret generator was saved"
+    for place in (folder, folder / "checkpoints" / "last.ckpt"):
+        audit = audited(str(place))
+        assert [each.to_dict() for each in audit.ledger.events] == ledger["events"]
+        assert audit.spent["rdp"] == pytest.approx(ledger["epsilon"], rel=1e-3)
     # What is logged of sizes is what is expected.
     assert {row["batch_size"] for row in logged if row["batch_size"]} == {"8"}
 
@@ -181,4 +202,3 @@ def test_the_noise_is_calibrated_for_the_whole_run(tmp_path: Path) -> None:
     assert 2.9 < ledger["epsilon"] <= 3.0
     assert ledger["delta"] == 1e-3
     assert flat(run.task).isfinite().all()
-    assert Points().dataset is not None

@@ -18,6 +18,7 @@ BENCHES = {
     "optimizers": "what every optimizer's update costs, beside torch's AdamW and other libraries",
     "samplers": "how exact samplers are under a budget of evaluations and what their steps cost, beside diffusers",
     "guidance": "what guidance costs beside the evaluations that it asks for, as a share of a network's own time",
+    "privacy": "what a private step takes in time and memory, beside plain training and every mode of Opacus",
     "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +25,18 @@ _ROUGH_ORDERS = (1.25, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 Kinds = tuple[tuple[float, tuple[int, int, int]], ...]
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return "failed to converge" not in record.getMessage()
+
+
 def library() -> Any:
     """The module ``dp_accounting``.
 
     Raises:
         PluginError: The extra ``privacy`` is not installed.
     """
+    # At small orders of Renyi divergences a series may not converge; they are left out, which is no news to anybody.
+    logging.getLogger("absl").addFilter(_is_news)
     try:
         import dp_accounting
         import dp_accounting.pld

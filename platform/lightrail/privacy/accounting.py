@@ -224,7 +224,7 @@ class RunningEpsilon:
         self,
         delta: float,
         accountant: str = "pld",
-        share: float = 0.02,
+        share: float = 0.1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         between(0.0, 1.0, closed="neither", delta=delta)

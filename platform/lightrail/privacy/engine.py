@@ -46,10 +46,10 @@ class PrivacyEngine:
         # Where samples lie in the model's operations, and how far that was from samples evaluated alone.
         self.path: Path | None = None
         self.difference = 0.0
+        self.has_begun = False  # whether a first batch has shown that the model keeps nothing of it
         self._run = run
         self._resumed: dict[str, Any] | None = None
-        # Where batches are fixed: steps since records were last put in a new order.
-        self._since_order = 0
+        self._since_order = 0  # where batches are fixed: steps since records were put in a new order
         self._order_is_new = False
 
     # The plan.
@@ -116,8 +116,7 @@ class PrivacyEngine:
         return max(1, min(ends))
 
     def _planned(self, noise: float, first: int) -> list[Event]:
-        assert self.horizon is not None
-        horizon = self.horizon
+        assert (horizon := self.horizon) is not None
         if self.method.sampling == "shuffle":
             # An order that is under way has been accounted for.
             covered = -self._since_order % self._steps_in_epoch
@@ -262,7 +261,7 @@ class PrivacyEngine:
         self._resumed = state
 
     def _continued(self, state: dict[str, Any], delta: float) -> Ledger:
-        """The ledger with all that the first part of a run has spent, planned to the end with the noise of that part."""
+        """The ledger of all that the first part of a run spent, planned to the end with the noise of that part."""
         assert self.horizon is not None
         before = Ledger.from_dict(state)
         noise = before.noise if self.method.noise is None else self.method.noise
@@ -276,8 +275,7 @@ class PrivacyEngine:
         ledger.assumptions = list(dict.fromkeys([*before.assumptions, *ledger.assumptions]))
         check_budget(ledger, self.method.epsilon, self.horizon.steps)
         self.method.load_state_dict(state["method"])
-        sources = state["sources"]
-        noise_state, coins = sources[self._trainer.global_rank % len(sources)]
+        noise_state, coins = state["sources"][self._trainer.global_rank % len(state["sources"])]
         self.noise.load_state_dict(noise_state)
         self._coins.load_state_dict(coins)
         return ledger

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -72,7 +71,7 @@ class Release(Protocol):
         ...
 
 
-class PrivacyMethod(ABC):
+class PrivacyMethod:
     """A private method; options common to all are declared here, those of a method in its own constructor.
 
     For each micro-batch of a step :meth:`contribution` bounds what each sample can add, and for each step
@@ -142,9 +141,9 @@ class PrivacyMethod(ABC):
     # What a method says of itself.
 
     @property
-    @abstractmethod
     def clipping(self) -> str:
         """How the contribution of a sample is bounded, in words, for the ledger."""
+        raise NotImplementedError
 
     @property
     def assumptions(self) -> list[str]:
@@ -179,7 +178,6 @@ class PrivacyMethod(ABC):
         """Another point at which the gradients of the same samples are needed; ``None`` for none in this step."""
         return None
 
-    @abstractmethod
     def contribution(self, here: SampleGradients, there: SampleGradients | None) -> list[Tensor]:
         """What the samples of a micro-batch add to the sums of a step, each bounded.
 
@@ -190,8 +188,8 @@ class PrivacyMethod(ABC):
         Returns:
             Sums, always as many and in the same shapes: they are added over the micro-batches of the step.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def gradient(self, sums: list[Tensor], params: Sequence[Tensor], release: Release) -> list[Tensor]:
         """The gradient of a step.
 
@@ -203,6 +201,7 @@ class PrivacyMethod(ABC):
         Returns:
             One tensor a parameter.
         """
+        raise NotImplementedError
 
     def nothing(self, params: Sequence[Tensor]) -> list[Tensor]:
         """What a rank without samples contributes: zeros."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from lightning.pytorch.loops.optimization.automatic import Closure as LightningC
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 
-from lightrail.errors import ClosureError
+from lightrail.errors import ClosureError, CompositionError
+from lightrail.privacy.refusals import buffers_of, check_buffers
 from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
 from lightrail.sample_gradients.paths import Path
 from lightrail.step.batches import leading_size
@@ -48,12 +50,16 @@ class PrivateWindow(WindowClosure):
 
     def add(self, kwargs: Mapping[str, Any], closure: LightningClosure) -> None:
         # One micro-batch at a time: a method that looks twice does so before the next is drawn.
-        self._batches, self._states = [tuple(kwargs.values())], [RandomState.capture()]
+        states: list[RandomState | None] = [RandomState.capture()]
+        self._batches, self._states = [tuple(kwargs.values())], states
         self._first_closure = closure
 
     def run_micro_batch(self) -> None:
         batch = self._batches[0]
-        if not leading_size(batch[0]):
+        size = leading_size(batch[0])
+        if size is None:
+            raise _without_samples(batch[0])
+        if not size:
             return
         method = self._engine.method
         is_one_pass = method.engine == "one_pass"
@@ -64,6 +70,8 @@ class PrivateWindow(WindowClosure):
             there = None if self._elsewhere is None else self._at_other_point(batch, self._elsewhere)
         with torch.no_grad():
             found = method.contribution(here, there)
+        if math.isnan(self._engine.difference):
+            self._engine.path = None  # no sample was finite, so nothing is proved yet
         self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
 
     def _run_first(self) -> Tensor:
@@ -93,16 +101,19 @@ class PrivateWindow(WindowClosure):
 
     def _first_one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
         self._run_lightning()
-        for p in self._trained:
-            p.grad = None
         return self._one_by_one(batch)
 
     def _run_lightning(self) -> None:
         strategy = self._trainer.strategy
         blocked = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
         quiet = nullcontext() if self._engine.method.public_metrics else silenced(self._module)
-        with blocked, quiet:
+        watched = {id(p) for p in self._trained} if self._engine.method.engine == "one_pass" else set()
+        with blocked, quiet, _without_gradients(p for p in self._module.parameters() if id(p) not in watched):
+            before = None if self._engine.has_begun else buffers_of(self._module)
             super().run_micro_batch()
+        if before is not None:
+            check_buffers(before, self._module)
+            self._engine.has_begun = True
 
     def _at_other_point(self, batch: tuple[Any, ...], points: Sequence[Tensor]) -> SampleGradients:
         with torch.enable_grad(), _at(self._trained, points), self._aside():
@@ -132,10 +143,20 @@ class PrivateWindow(WindowClosure):
     def _learn(self, batch: tuple[Any, ...]) -> None:
         """Where samples lie, and the proof that they do not mix, on a few of them and in silence."""
         is_mean = self._engine.method.loss == "mean"
+        # Steps without samples may lie behind, whose gradients are still there.
+        kept = [p.grad for p in self._trained]
+        for p in self._trained:
+            p.grad = None
         with self._aside():
             self._engine.path, self._engine.difference = learn(
-                lambda b: self._evaluate(self._loss_fn, (b, *batch[1:]), 0), self._trained, batch[0], is_mean=is_mean
+                lambda b: self._evaluate(self._loss_fn, (b, *batch[1:]), 0),
+                self._trained,
+                batch[0],
+                is_mean=is_mean,
+                is_half="16" in str(self._trainer.precision),
             )
+        for p, gradient in zip(self._trained, kept, strict=True):
+            p.grad = gradient
 
     @contextmanager
     def _watched(self, recording: Recording) -> Iterator[None]:
@@ -191,6 +212,30 @@ class PrivateWindow(WindowClosure):
 
 for _question in QUESTIONS:
     setattr(PrivateWindow, _question, PrivateWindow._refuse)
+
+
+@contextmanager
+def _without_gradients(params: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, a gradient of the batch is gone as soon as it is there: no hook and no callback sees it."""
+
+    def forget(p: Tensor) -> None:
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(forget) for p in params if p.requires_grad]
+    try:
+        yield
+    finally:
+        for each in handles:
+            each.remove()
+
+
+def _without_samples(batch: Any) -> CompositionError:
+    return CompositionError(
+        "the batch does not say how many samples it has",
+        found=f"a {type(batch).__name__} without a tensor that is known",
+        allowed="tensors, samples along their first axis, in tuples, lists and dictionaries",
+        remedy="Return such a batch from the dataset or its collate_fn.",
+    )
 
 
 @contextmanager

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightrail.errors import CheckpointError, CompositionError, NonFiniteLoss
 from lightrail.privacy.ledger import Ledger
 
-__all__ = ["check_budget", "check_continuation", "check_finite", "check_strategy", "no_horizon", "sharded"]
+__all__ = [
+    "buffers_of",
+    "check_budget",
+    "check_buffers",
+    "check_continuation",
+    "check_finite",
+    "check_strategy",
+    "no_horizon",
+    "sharded",
+]
 
 _SLACK = 1e-3  # relative: what a calibrated plan may exceed its target by, on a grid of privacy losses
 
@@ -98,6 +107,44 @@ def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
             allowed="finite parameters",
             remedy="Lower optimizer.lr; noise of high dimension asks for smaller steps than plain gradients do.",
         )
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of a module, those of metrics and single counters left out."""
+    from torchmetrics import Metric
+
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer.detach().clone()
+        for prefix, owner in module.named_modules()
+        if not isinstance(owner, Metric)
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and (buffer.numel() > 1 or buffer.is_floating_point())
+    }
+
+
+def check_buffers(before: dict[str, Tensor], module: nn.Module) -> None:
+    """Refuses a module that keeps something of a batch in its buffers: nothing bounds what it keeps of a sample.
+
+    Args:
+        before: From :func:`buffers_of`, before a batch was evaluated.
+        module: After it was.
+
+    Raises:
+        CompositionError: A buffer has changed.
+    """
+    now = buffers_of(module)
+    moved = [name for name, buffer in before.items() if name in now and not _same(buffer, now[name])]
+    if moved:
+        raise CompositionError(
+            "a private run cannot have buffers that training moves: they keep the data, without noise",
+            found=", ".join(moved),
+            allowed="buffers that stay, and counters",
+            remedy="Keep no running statistics of the data, codebooks or the like; or compute them without it.",
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def no_horizon(max_epochs: int | None) -> CompositionError:

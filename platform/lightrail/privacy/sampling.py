@@ -40,6 +40,7 @@ class PrivateWindows(Windows):
         super().__init__(Batching())
         self._max_samples = max_samples
         self._engine = engine
+        self.is_secret = not engine.method.deterministic_noise
         self.counts_steps = True
         self.steps_in_epoch = 1
         self._epoch_step = 0
@@ -110,16 +111,17 @@ class PrivateWindows(Windows):
                 self._engine.keep_order()
         self._current = None
         self._drawn.clear()
-        return self._counted(iter(self._reloaded(self._draw_epoch(own, self._epoch_step))))
+        return self._counted(iter(self._reloaded(self._draw_epoch(own, self._epoch_step, self.steps))))
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._current = current = self._drawn.popleft()
             yield batch if current.size else take(batch, [])
 
-    def _draw_epoch(self, own: Tensor, first: int) -> Iterator[list[int]]:
-        for ahead, place in enumerate(range(first, self.steps_in_epoch)):
-            chosen = own[self._choose(len(own), self.steps + ahead, place)]
+    def _draw_epoch(self, own: Tensor, first: int, step: int) -> Iterator[list[int]]:
+        for place in range(first, self.steps_in_epoch):
+            # Counted from the start, since workers load ahead of the steps that were made.
+            chosen = own[self._choose(len(own), step + place - first, place)]
             sizes = self._sizes(len(chosen))
             is_last = place + 1 == self.steps_in_epoch
             for i, (size, part) in enumerate(zip(sizes, chosen.split(sizes), strict=True)):

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightrail.catalogue import import_target
 from lightrail.errors import CompositionError
 from lightrail.privacy.engine import PrivacyEngine
 from lightrail.privacy.method import PrivacyMethod
+from lightrail.privacy.refusals import sharded
 from lightrail.traits import traits_of
 
 if TYPE_CHECKING:
@@ -66,9 +68,9 @@ def _check_methods(run: Run) -> None:
             f"batching={type(run.batching).__name__}",
             "batches that are drawn by privacy.sampling",
         )
-    chosen = [each for each in run.composition.chosen if each.kind in ("optimizer", "transform", "schedule")]
-    for each, traits in zip(chosen, run.method_traits, strict=False):
-        if traits.evaluates_again:
+    for each in run.composition.chosen:
+        traits = traits_of(import_target(each.target), each.options)
+        if each.kind in ("optimizer", "transform", "schedule", "callback") and traits.evaluates_again:
             raise CompositionError(
                 f"{each.kind} '{each.name}' evaluates the data more than once a step, which would release more than is "
                 "accounted for",
@@ -76,10 +78,12 @@ def _check_methods(run: Run) -> None:
                 allowed="methods that evaluate the gradient once a step",
                 remedy=f"Choose another {each.kind}; `lightrail plugins {each.name}` says what it asks for.",
             )
-    for each in run.composition.chosen:
-        if each.kind == "data" and run.data is not None and (fitted := traits_of(type(run.data)).fits_to_data):
+        if each.kind == "data" and traits.fits_to_data:
             raise _refusal(
-                f"data '{each.name}', which {fitted}", f"data={each.name}", "data with statistics from elsewhere"
+                f"data '{each.name}', which {traits.fits_to_data}",
+                f"data={each.name}",
+                "data that is prepared without a look at all of it, or by statistics of other data",
+                f"Choose other data; `lightrail plugins {each.name}` says whether an option switches this off.",
             )
 
 
@@ -99,6 +103,11 @@ def _check_trainer(run: Run) -> None:
             "trainer.accumulate=1",
             "Set data.batch_size to the samples of a step, and privacy.max_physical_batch to what fits in memory.",
         )
+    strategy = str(trainer.get("strategy"))
+    if any(word in strategy for word in ("fsdp", "deepspeed", "model_parallel", "xla")):
+        raise sharded(strategy)
+    if trainer.get("overfit_batches"):
+        raise _refusal("a part of the batches", f"trainer.overfit_batches={trainer['overfit_batches']}", "all records")
     limit = trainer.get("limit_train_batches", 1.0)
     if limit not in (None, 1.0) and type(limit) is not int:
         raise _refusal("a share of the batches", f"trainer.limit_train_batches={limit}", "a number of batches")
@@ -167,7 +176,9 @@ def replace_batch_norm(module: nn.Module) -> int:
             count += replace_batch_norm(child)
             continue
         channels = child.num_features
-        groups = next(g for g in range(min(_MOST_GROUPS, channels), 0, -1) if channels % g == 0)
+        # Features without a length or a picture are normalised over each other: one alone would always be 0.
+        most = 1 if isinstance(child, nn.BatchNorm1d) else min(_MOST_GROUPS, channels)
+        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
         norm = nn.GroupNorm(groups, channels, eps=child.eps, affine=child.affine)
         if child.affine:
             norm.weight, norm.bias = child.weight, child.bias

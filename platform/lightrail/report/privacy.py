@@ -95,7 +95,7 @@ def banner(record: RunRecord) -> str:
     return ""
 
 
-_ALONE = "Epsilon is of this run alone: what other runs on the same data spend is added to it."
+_ALONE = "Epsilon is of this run alone: what other runs on the same data spend comes on top."
 _UNBOUNDED = "No epsilon bounds what its results tell of single records: treat them as you treat the data."
 
 

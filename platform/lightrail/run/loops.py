@@ -281,6 +281,11 @@ class EpochLoop(_TrainingEpochLoop):
         position, self._position = self._position, None
         if position is None:
             return
+        if not position["epoch_is_open"]:
+            # Where steps are limited, Lightning takes an epoch that is over for one under way, and would pass it over.
+            self.batch_progress.reset_on_run()
+            self.scheduler_progress.reset_on_run()
+            self.automatic_optimization.optim_progress.reset_on_run()
         if position["random"] is None:
             assert self.windows is not None
             self.windows.go_to(position["windows"], epoch_is_open=position["epoch_is_open"])

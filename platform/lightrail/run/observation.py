@@ -289,7 +289,7 @@ class Observation(Callback):
             metrics = {**metrics, "epsilon": spent}
         if not metrics:
             return
-        self._progress.show(metrics)
+        self._progress.show(metrics if spent is not None else {**metrics, "epsilon": None})
         if trainer.is_global_zero:
             metrics = {**metrics, "epoch": trainer.current_epoch, **_learning_rates(trainer), **self._figures()}
             step = self._loop._batches_that_stepped

@@ -77,9 +77,9 @@ class Progress:
             self._bar.update(steps - self._steps)
             self._steps = steps
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """New values of metrics."""
-        self._metrics.update({k: v for k, v in metrics.items() if k != "lr"})
+    def show(self, metrics: Mapping[str, float | None]) -> None:
+        """New values of metrics; ``None`` for one whose last value does not hold any more."""
+        self._metrics = {k: v for k, v in {**self._metrics, **metrics}.items() if k != "lr" and v is not None}
         if self._bar is not None:
             self._bar.metrics = _side_by_side(self._metrics)
 
@@ -108,5 +108,6 @@ def _side_by_side(metrics: Mapping[str, float]) -> str:
     parts = []
     for name in names:
         pair = [f"{metrics[k]:.4g}" for k in (f"train_{name}", f"val_{name}", name) if k in metrics]
-        parts.append(f" · {name} {' val '.join(pair)}" if f"train_{name}" in metrics else f" · val {name} {pair[0]}")
+        only_validated = f"val_{name}" in metrics and f"train_{name}" not in metrics
+        parts.append(f" · val {name} {pair[0]}" if only_validated else f" · {name} {' val '.join(pair)}")
     return "".join(parts)

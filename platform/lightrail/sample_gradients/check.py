@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
 from lightrail.errors import CompositionError
@@ -25,7 +26,12 @@ _TOLERANCE_IN_HALF = 5e-2
 
 
 def learn(
-    evaluate: Callable[[Any], Tensor], params: Sequence[Tensor], batch: Any, *, is_mean: bool = True
+    evaluate: Callable[[Any], Tensor],
+    params: Sequence[Tensor],
+    batch: Any,
+    *,
+    is_mean: bool = True,
+    is_half: bool = False,
 ) -> tuple[Path, float]:
     """Learns where samples lie, and proves it: a few samples together must give what each of them gives alone.
 
@@ -36,20 +42,23 @@ def learn(
         params: The parameters.
         batch: At least one sample.
         is_mean: Whether the loss is a mean over samples; otherwise their sum.
+        is_half: Whether ``evaluate`` computes in half precision, whatever the parameters are in.
 
     Returns:
-        The path, and the largest relative difference between the two gradients of a sample.
+        The path, and the largest relative difference between the two gradients of a sample; NaN where none of them
+        was finite, which proves nothing.
 
     Raises:
         CompositionError: They differ: the loss of a sample depends on the others, or is no mean.
     """
-    size = leading_size(batch) or 1
-    batch = take(batch, [i % size for i in range(PROBED[0])])
+    batch = take(batch, _probes(batch))
     path = survey(evaluate, params, batch)
     drawn = _Drawn()
     together, owners = _together(evaluate, params, path, batch, drawn, is_mean)
     alone = _alone(evaluate, params, batch, drawn.numbers)
-    allowed = _allowed(params)
+    if alone is None:
+        return path, float("nan")
+    allowed = _allowed(params, is_half)
     wrong = _differing(params, together, alone, allowed)
     if wrong:
         path = _interleaved(path, owners, wrong)
@@ -58,6 +67,17 @@ def learn(
     if not worst <= allowed:
         raise _mixing(together, alone, worst)
     return path, worst
+
+
+def _probes(batch: Any) -> list[int]:
+    """A few samples, those first that are finite: one that is not proves nothing."""
+    size = leading_size(batch) or 1
+    finite = torch.ones(size, dtype=torch.bool)
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size and leaf.is_floating_point():
+            finite &= leaf.detach().reshape(size, -1).isfinite().all(1).cpu()
+    order = (~finite).to(torch.int8).argsort(stable=True).tolist()[: max(1, int(finite.sum()))]
+    return [order[i % len(order)] for i in range(PROBED[0])]
 
 
 def _together(
@@ -84,7 +104,7 @@ def _together(
 
 def _alone(
     evaluate: Callable[[Any], Tensor], params: Sequence[Tensor], batch: Any, numbers: Sequence[Tensor]
-) -> list[Tensor]:
+) -> list[Tensor] | None:
     found = [torch.zeros(PROBED[0], *p.shape, dtype=p.dtype, device=p.device) for p in params]
     for i in range(PROBED[0]):
         with torch.enable_grad():
@@ -94,7 +114,11 @@ def _alone(
         for kept, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
                 kept[i] = gradient
-    return found
+    # One that is not finite is left out of any sum, and proves nothing.
+    is_left_out = ~torch.stack([each.flatten(1).isfinite().all(1) for each in found]).all(0)
+    if bool(is_left_out.all()):
+        return None
+    return [each.masked_fill(is_left_out.view(-1, *[1] * (each.dim() - 1)), 0.0) for each in found]
 
 
 def _differing(
@@ -172,9 +196,9 @@ def _mixing(together: Sequence[Tensor], alone: Sequence[Tensor], worst: float) -
     )
 
 
-def _allowed(params: Sequence[Tensor]) -> float:
+def _allowed(params: Sequence[Tensor], is_half: bool) -> float:
     """Half precision rounds sums over three samples and over one differently."""
-    is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in params)
+    is_half = is_half or any(p.dtype in (torch.bfloat16, torch.float16) for p in params)
     return _TOLERANCE_IN_HALF if is_half or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) else TOLERANCE
 
 

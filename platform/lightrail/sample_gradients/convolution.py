@@ -17,6 +17,7 @@ from lightrail.sample_gradients.used import Used
 __all__ = ["Geometry", "convolution_pieces", "transposed_convolution_pieces"]
 
 _FEW_PLACES = 64  # below this, products of unfolded patches are faster than a convolution with one group a sample
+_WORTH = 1.5  # how many times the memory of the operands a second convolution is worth
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _pieces(used: Used, weight: Tensor, bias: Tensor | None, geometry: Geometry,
             inputs = inputs.to(b.dtype)
         piece = ConvolutionPiece(owner, inputs, outputs, geometry)
         kept = inputs.numel() + outputs.numel()
-        small = piece.count * owner.numel() < kept
+        small = piece.count * owner.numel() < _WORTH * kept
         found.append(Piece(owner, piece.per_sample()) if small else piece)
     if bias is not None and (owner := used.owner_at(bias)) is not None:
         found.append(Piece(owner, samples_first(b, out)[:, 0].flatten(2).sum(2)))

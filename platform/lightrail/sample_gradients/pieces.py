@@ -109,8 +109,9 @@ class LinearPiece(_OfOperands):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         a, b = _at_full_precision(self.inputs, self.outputs)
-        weighted = (b * weights.to(b.dtype)[:, None, None]).flatten(0, 1)
-        return a.flatten(0, 1).mT @ weighted if self.is_transposed else weighted.mT @ a.flatten(0, 1)
+        a, b = _weighted(a, b, weights)
+        a, b = a.flatten(0, 1), b.flatten(0, 1)
+        return a.mT @ b if self.is_transposed else b.mT @ a
 
 
 class TransposedLinearPiece(LinearPiece):
@@ -168,8 +169,7 @@ class ConvolutionPiece(_OfOperands):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         a, b = _at_full_precision(self.inputs, self.outputs)
-        weighted = b * weights.to(b.dtype).view(-1, *[1] * (b.dim() - 1))
-        return self._geometry.weight_gradient(a, weighted, self.owner.detach())
+        return self._geometry.weight_gradient(*_weighted(a, b, weights), self.owner.detach())
 
     def _with(self, inputs: Tensor, outputs: Tensor) -> Piece:
         return ConvolutionPiece(self.owner, inputs, outputs, self._geometry)
@@ -248,6 +248,14 @@ def _at_full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtypes = {each.dtype for each in tensors}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return tuple(each.to(dtype) for each in tensors)
+
+
+def _weighted(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands of a product, the smaller of which carries the weights of the samples."""
+    is_first = a.numel() < b.numel()
+    smaller = a if is_first else b
+    weighted = smaller * weights.to(smaller.dtype).view(-1, *[1] * (smaller.dim() - 1))
+    return (weighted, b) if is_first else (a, weighted)
 
 
 def _emptied(tensor: Tensor, is_left_out: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Recording(TorchFunctionMode):
         self._of_parameters = {id(p): p for p in self.params}
         # Whatever is made of parameters alone keeps its graph, down to them.
         self._made_into: set[int] = set()
-        self._uses: list[Used] = []
+        self._uses: dict[int, Used] = {}  # those whose gradients have not all arrived
         self._pieces: list[Piece] = []
         self.owners: dict[int, list[Tensor]] = {}  # of each operation of the path, by its position
         self._anchor = torch.zeros((), requires_grad=True, device=self.params[0].device if self.params else None)
@@ -86,15 +86,15 @@ class Recording(TorchFunctionMode):
         func, operands = _without_writing(call.func, bare)
         bare_args, bare_kwargs = pytree.tree_unflatten(bare, structure)
         found = call.func(*bare_args, **bare_kwargs)
-        used = Used(call, func, operands, structure, owners, found)
-        self._uses.append(used)
+        place = self._index - 1
+        self._uses[place] = Used(call, func, operands, structure, owners, found)
         results, nesting = pytree.tree_flatten(found)
         index = 0
-        for place, output in enumerate(results):
+        for i, output in enumerate(results):
             if not isinstance(output, Tensor):
                 continue
             if output.is_floating_point():
-                results[place] = self._heard(output, partial(self._receive, used, index))
+                results[i] = self._heard(output, partial(self._receive, place, index))
             index += 1
         return pytree.tree_unflatten(results, nesting)
 
@@ -106,17 +106,23 @@ class Recording(TorchFunctionMode):
         kind = _AnchoredView if output._is_view() else _Anchored
         return kind.apply(self._anchor, output, receive)  # type: ignore[return-value]
 
-    def _receive(self, used: Used, index: int, gradient: Tensor) -> None:
+    def _receive(self, place: int, index: int, gradient: Tensor) -> None:
+        used = self._uses.get(place)
+        if used is None or index in used.gradients:
+            name = getattr(self._path[place].func, "__name__", "an operation")
+            raise cannot_separate(f"{name}, which was differentiated twice")
         used.gradients[index] = gradient.detach()
         if len(used.gradients) == used.expected:
+            # What the pieces do not keep is free for the rest of the backward pass.
+            del self._uses[place]
             self._pieces.extend(pieces_of(used))
 
     def pieces(self) -> list[list[Piece]]:
         """After the backward pass: for each parameter, what its samples' gradients are the sum of."""
-        for used in self._uses:
-            if used.gradients and len(used.gradients) < used.expected:
+        for used in self._uses.values():
+            if used.gradients:
                 self._pieces.extend(pieces_of(used))
-        self._uses = []
+        self._uses = {}
         found: dict[int, list[Piece]] = {id(p): [] for p in self.params}
         for piece in self._pieces:
             if id(piece.owner) in found:

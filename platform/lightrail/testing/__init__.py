@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightrail.testing.measurement import MeasurementSuite
     from lightrail.testing.model import ModelSuite
     from lightrail.testing.optimizer import OptimizerSuite
+    from lightrail.testing.privacy import PrivacySuite
     from lightrail.testing.sampler import SamplerSuite
     from lightrail.testing.sampler_wrapper import SamplerWrapperSuite
     from lightrail.testing.schedule import ScheduleSuite
@@ -40,6 +41,7 @@ __all__ = [
     "NotApplicable",
     "OptimizerSuite",
     "Outcome",
+    "PrivacySuite",
     "SamplerSuite",
     "SamplerWrapperSuite",
     "ScheduleSuite",
@@ -64,6 +66,7 @@ _HOMES = {
     "OptimizerSuite": "optimizer",
     "Outcome": "suite",
     "BatchingSuite": "batching",
+    "PrivacySuite": "privacy",
     "SamplerSuite": "sampler",
     "SamplerWrapperSuite": "sampler_wrapper",
     "ScheduleSuite": "schedule",

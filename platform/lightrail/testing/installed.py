@@ -29,6 +29,7 @@ SUITES = {
     "search": "lightrail.testing.search:SearchSuite",
     "guidance": "lightrail.testing.guidance:GuidanceSuite",
     "measurement": "lightrail.testing.measurement:MeasurementSuite",
+    "privacy": "lightrail.testing.privacy:PrivacySuite",
 }
 
 

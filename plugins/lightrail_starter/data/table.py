@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightrail.traits import Traits
 from lightrail_starter.data.module import SplitData
 from lightrail_starter.data.rows import Rows
 from lightrail_starter.data.splits import Split, split_indices
@@ -42,6 +43,10 @@ class Table(SplitData):
         DataError: On reading: the file is missing or empty, has no such column, or has a cell that is not a finite
             number; line and column are named.
     """
+
+    traits: ClassVar[Traits] = Traits(
+        fits_to_data="standardises columns by the means and deviations of the training rows"
+    )
 
     def __init__(
         self,

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Gradient descent with a private method on gradients that are known sample by sample, without a trainer."""
 
 from __future__ import annotations
@@ -6,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from privacy_runs import Module
+from torch import Tensor, nn
 
 from lightrail.privacy import PrivacyMethod, PrivateHorizon
 from lightrail.sample_gradients import SampleGradients
 from lightrail.sample_gradients.pieces import Piece
 
-__all__ = ["Descent", "GivenRelease", "descend", "logistic", "sampled"]
+__all__ = ["Descent", "Dropped", "GivenRelease", "descend", "logistic", "sampled"]
 
 
 def sampled(w: Tensor, gradients: Tensor) -> SampleGradients:
@@ -101,3 +103,18 @@ def descend(
             w -= rate(step) * (g + outside(w))
             found.points.append(w.detach().clone())
     return found
+
+
+class Dropped(Module):
+    """Half of a layer is dropped for each sample; which half, and at what weights, is kept with the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        self.seen: list[tuple[int, Tensor, Tensor]] = []
+        self.net[1].register_forward_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        if self.training:
+            weight = self.get_parameter("net.0.weight").detach().clone()
+            self.seen.append((self.trainer.global_step, weight, output.detach() != 0))

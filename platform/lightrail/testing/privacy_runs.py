@@ -30,23 +30,31 @@ from lightrail.sample_gradients.pieces import Piece
 from lightrail.step.transform import TransformedOptimizer
 from lightrail.testing.quiet_trainer import quiet_trainer
 
-__all__ = ["Bare", "PrivateEnd", "gradients_of", "private_run", "three_classes"]
+__all__ = ["NoisyStep", "PrivateEnd", "clusters", "gradients_of", "private_run", "solved"]
 
-WIDTHS = (4, 8, 3)
+CLASSES = 8
 
 
-def three_classes(records: int = 96) -> tuple[Tensor, Tensor]:
-    """Points around three centres, and which centre it is."""
+def clusters(records: int = 96) -> tuple[Tensor, Tensor]:
+    """Points around eight centres, and which centre it is."""
     generator = torch.Generator().manual_seed(11)
-    labels = torch.arange(records) % WIDTHS[-1]
-    centres = 2 * torch.eye(WIDTHS[-1], WIDTHS[0])
-    return centres[labels] + 0.3 * torch.randn(records, WIDTHS[0], generator=generator), labels
+    labels = torch.arange(records) % CLASSES
+    return 2 * torch.eye(CLASSES)[labels] + 0.2 * torch.randn(records, CLASSES, generator=generator), labels
 
 
 def _network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return nn.Sequential(nn.Linear(WIDTHS[0], WIDTHS[1]), nn.Tanh(), nn.Linear(WIDTHS[1], WIDTHS[2]))
+        return nn.Sequential(nn.Linear(CLASSES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def solved() -> nn.Module:
+    """A network that has nothing to learn any more: it tells every point right."""
+    network = nn.Linear(CLASSES, CLASSES)
+    with torch.no_grad():
+        network.weight.copy_(2 * torch.eye(CLASSES))
+        network.bias.zero_()
+    return network
 
 
 @dataclass
@@ -86,7 +94,6 @@ class _Task(LightningModule):
         super().__init__()
         self.network, self.lr, self.save_after = network, lr, save_after
         self._engine = engine
-        self._resumed: dict[str, Any] | None = None
         self.end = PrivateEnd(engine.method, network, None)  # type: ignore[arg-type]
 
     @property
@@ -121,11 +128,7 @@ class _Task(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._loop.set_position(checkpoint["position"])
-        self._resumed = checkpoint["privacy"]
-
-    def on_fit_start(self) -> None:
-        if self._resumed is not None:
-            self._engine.load_state_dict(self._resumed)
+        self._engine.load_state_dict(checkpoint["privacy"])
 
 
 def private_run(
@@ -136,6 +139,7 @@ def private_run(
     epochs: int = 2,
     lr: float = 0.2,
     network: nn.Module | None = None,
+    seed: int = 3,
     save_after: int | None = None,
     checkpoint: bytes | None = None,
 ) -> PrivateEnd:
@@ -143,11 +147,12 @@ def private_run(
 
     Args:
         method: The method; it belongs to one run.
-        data: Inputs and labels; :func:`three_classes` where none are given.
+        data: Inputs and labels; :func:`clusters` where none are given.
         batch_size: Expected records a step.
         epochs: Passes over the data, in expectation.
         lr: Of SGD.
         network: What is trained; a small one with one hidden layer by default.
+        seed: Of the run, which noise that is not secret follows.
         save_after: After how many steps a checkpoint is taken; the run goes on.
         checkpoint: Of an earlier run, from which this one goes on.
 
@@ -155,13 +160,11 @@ def private_run(
         Where it ended.
     """
     network = _network() if network is None else network
-    config = SimpleNamespace(seed=3)
-    run: Any = SimpleNamespace(
-        task=network, callbacks=(), resumed=None, composition=SimpleNamespace(config=config)
-    )
+    config = SimpleNamespace(seed=seed)
+    run: Any = SimpleNamespace(task=network, callbacks=(), resumed=None, composition=SimpleNamespace(config=config))
     engine = PrivacyEngine(method, run)
     task = _Task(engine, network, lr, save_after)
-    loader = DataLoader(TensorDataset(*(three_classes() if data is None else data)), batch_size, shuffle=True)
+    loader = DataLoader(TensorDataset(*(clusters() if data is None else data)), batch_size, shuffle=True)
     windows = _Counted(engine)
     with quiet_trainer(max_epochs=epochs) as trainer, tempfile.TemporaryDirectory() as folder:
         loop = install_loops(
@@ -199,29 +202,27 @@ class _Counted(PrivateWindows):
 
 
 @dataclass
-class Bare:
-    """A release without an engine, which notes down what it is asked; the noise it adds is given.
+class NoisyStep:
+    """A release without an engine, which notes down what it is asked, and adds no noise.
 
     Args:
         horizon: Of the run.
         noise: The noise multiplier of the run.
         step: The step under way.
         batch: Expected records of the step.
-        draw: Makes the noise of a tensor, given its standard deviation; none by default.
+        fixed: What is released in place of each sum; the sum itself, without noise, by default.
     """
 
     horizon: PrivateHorizon
     noise: float
     step: int = 0
     batch: int = 1
-    draw: Callable[[Tensor, float], Tensor] | None = None
+    fixed: Callable[[Tensor], Tensor] | None = None
     released: list[tuple[list[Tensor], float, float]] = field(default_factory=list)
 
     def __call__(self, sums: Sequence[Tensor], *, sensitivity: float, noise: float) -> list[Tensor]:
         self.released.append(([each.clone() for each in sums], sensitivity, noise))
-        if self.draw is None:
-            return [each.clone() for each in sums]
-        return [each + self.draw(each, noise * sensitivity) for each in sums]
+        return [each.clone() if self.fixed is None else self.fixed(each) for each in sums]
 
     def summed(self, sums: Sequence[Tensor]) -> list[Tensor]:
         return list(sums)

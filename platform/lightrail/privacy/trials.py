@@ -34,10 +34,10 @@ def spent_together(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     lost = trials.pop("", [])
     lines = [_line(data, group) for data, group in trials.items() if any("privacy" in each for each in group)]
     if lost:
-        lines.append(f"privacy  {_count(len(lost), 'trial')} left no account: what was released there is not in this.")
+        lines.append(f"{_count(len(lost), 'trial')} left no account: whatever was released there is not in this.")
     if lines:
         lines.append(
-            "Each trial reads the same records again, and so does a choice between trials: what they spend adds up."
+            "Each trial has read the same records: whatever is chosen among them is promised no more than this."
         )
     return lines
 
