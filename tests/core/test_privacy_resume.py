@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,22 @@ def test_batches_cannot_be_drawn_in_another_way(tmp_path: Path) -> None:
     private(tmp_path).execute(show_progress=False)
     with pytest.raises(CheckpointError, match="cannot be accounted together"):
         resumed(tmp_path, "privacy.sampling=shuffle").execute(show_progress=False)
+
+
+def test_what_was_released_beyond_an_earlier_checkpoint_counts(tmp_path: Path) -> None:
+    private(tmp_path, TWO_EPOCHS, "run.name=run", "trainer.checkpoint_every=5").execute(show_progress=False)
+    folder = tmp_path / "run"
+    earlier = folder / "checkpoints" / "earlier.ckpt"
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+    assert saved["lightrail"]["privacy"]["events"] == [FIRST]
+    stopped(private(tmp_path, "trainer.max_epochs=3", f"run.resume={folder}"), 18)
+    shutil.copy(folder / "checkpoints" / "last.ckpt", earlier)
+    private(tmp_path, "trainer.max_epochs=3", f"run.resume={folder}").execute(show_progress=False)
+    assert told(folder)["events"] == [FIRST | {"steps": 24}]
+    # The same five steps once more, with other noise.
+    private(tmp_path, "trainer.max_epochs=3", f"run.resume={earlier}").execute(show_progress=False)
+    ledger = told(folder)
+    again = 24 - torch.load(earlier, weights_only=False)["lightrail"]["privacy"]["step"]
+    assert again == 5
+    assert ledger["events"] == ledger["planned"] == [FIRST | {"steps": 24 + again}]
+    assert any("earlier checkpoint" in line for line in ledger["assumptions"])

@@ -30,7 +30,7 @@ _NOISE, _CLIP, _RATE = 1.0, 1.0, 0.01
 
 
 class Meter:
-    """Notes when each step begins, and the most memory that was held since the model was made.
+    """Notes the time at which each step begins, and the most memory that was held since the model was made.
 
     On a processor, memory is what the process holds beyond what it held with its libraries loaded; on an accelerator
     it is what tensors take there, parameters included.
@@ -42,7 +42,9 @@ class Meter:
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         self._times: list[float] = []
-        self._whole = 0
+        # The time of this process, since the processor may be shared; an accelerator's time is that of the clock.
+        self._clock = time.perf_counter if self._is_accelerator else time.process_time
+        self._whole = self._steady = 0
         self._forget_peak()
         self._base = 0 if self._is_accelerator else _status("VmRSS")
 
@@ -58,17 +60,18 @@ class Meter:
             self._whole = self._peak()
             self._forget_peak()
         if step >= WARM:
-            self._times.append(time.perf_counter())
+            # Read here: what comes after the last step, such as a checkpoint, is no part of a step.
+            self._steady = self._peak()
+            self._times.append(self._clock())
 
     def found(self) -> dict[str, float]:
         """Milliseconds a step, and megabytes: of the steps that are timed, and with those before them."""
-        steady = self._peak()
         each = [1e3 * (b - a) for a, b in zip(self._times, self._times[1:], strict=False)]
         scale = 1 / 2**20
         return {
             "milliseconds": median(each),
-            "memory": (steady - self._base) * scale,
-            "whole": (max(self._whole, steady) - self._base) * scale,
+            "memory": (self._steady - self._base) * scale,
+            "whole": (max(self._whole, self._steady) - self._base) * scale,
         }
 
     def _forget_peak(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightrail.errors import CheckpointError
 from lightrail.privacy.accounting import RunningEpsilon, calibrated
 from lightrail.privacy.announcement import announce
+from lightrail.privacy.continuation import all_spent
 from lightrail.privacy.events import Event, joined, merged
 from lightrail.privacy.ledger import ZERO_OUT, Ledger, check_delta, default_delta
 from lightrail.privacy.method import PrivacyMethod, PrivateHorizon
@@ -43,14 +44,13 @@ class PrivacyEngine:
         self.method = method
         self.horizon: PrivateHorizon | None = None
         self.ledger: Ledger | None = None
-        # Where samples lie in the model's operations, and how far that was from samples evaluated alone.
-        self.path: Path | None = None
-        self.difference = 0.0
+        self.path: Path | None = None  # where samples lie in the model's operations
+        self.difference = 0.0  # how far gradients were from those of samples evaluated alone
         self.has_begun = False  # whether a first batch has shown that the model keeps nothing of it
         self._run = run
         self._resumed: dict[str, Any] | None = None
         self._since_order = 0  # where batches are fixed: steps since records were put in a new order
-        self._order_is_new = False
+        self.order_is_new = False  # whether the next step begins to release all of them
 
     # The plan.
 
@@ -116,7 +116,8 @@ class PrivacyEngine:
         return max(1, min(ends))
 
     def _planned(self, noise: float, first: int) -> list[Event]:
-        assert (horizon := self.horizon) is not None
+        horizon = self.horizon
+        assert horizon is not None
         if self.method.sampling == "shuffle":
             # An order that is under way has been accounted for.
             covered = -self._since_order % self._steps_in_epoch
@@ -162,12 +163,8 @@ class PrivacyEngine:
 
     def shuffled(self, count: int) -> Tensor:
         """A new order of ``count`` records; the next step begins to release all of them."""
-        self._order_is_new = True
+        self.order_is_new = True
         return self._coins.normal_like([torch.zeros(count, dtype=torch.float64)], 1.0)[0].argsort()
-
-    def keep_order(self) -> None:
-        """Says that the order of the records is one that was under way."""
-        self._order_is_new = False
 
     # The release.
 
@@ -195,8 +192,8 @@ class PrivacyEngine:
             self.ledger.record(Event(noise, 1, batch, records))
             return
         # An epoch takes every record once: together its steps are one release of everything.
-        if self._order_is_new:
-            self._order_is_new, self._since_order = False, 0
+        if self.order_is_new:
+            self.order_is_new, self._since_order = False, 0
             self.ledger.record(Event(noise, 1, records, records))
         self._since_order += 1
 
@@ -269,10 +266,11 @@ class PrivacyEngine:
         self._since_order = state["since_order"]
         ledger = self._new_ledger(delta, noise, self._planned(noise, state["step"]))
         check_continuation(before, ledger)
-        ledger.planned = joined([*before.events, *ledger.planned])
-        ledger.events = list(before.events)
+        folder = None if self._run.resumed is None else self._run.resumed.folder
+        ledger.events, remarks = all_spent(before, None if folder is None else folder.path / FILE)
+        ledger.planned = joined([*ledger.events, *ledger.planned])
         ledger.is_private = ledger.is_private and before.is_private
-        ledger.assumptions = list(dict.fromkeys([*before.assumptions, *ledger.assumptions]))
+        ledger.assumptions = list(dict.fromkeys([*before.assumptions, *ledger.assumptions, *remarks]))
         check_budget(ledger, self.method.epsilon, self.horizon.steps)
         self.method.load_state_dict(state["method"])
         noise_state, coins = state["sources"][self._trainer.global_rank % len(state["sources"])]

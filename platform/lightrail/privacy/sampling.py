@@ -108,7 +108,7 @@ class PrivateWindows(Windows):
                 self._order = self._engine.shuffled(len(own))
             else:
                 self._order = before["order"]
-                self._engine.keep_order()
+                self._engine.order_is_new = False
         self._current = None
         self._drawn.clear()
         return self._counted(iter(self._reloaded(self._draw_epoch(own, self._epoch_step, self.steps))))

@@ -71,8 +71,8 @@ class Geometry:
 
     def patches(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """``[B, c k, L]``: what the kernel sees at each of the L places."""
-        size = list(kernel.shape[2:])
-        return F.unfold(inputs, size, list(self.dilation), list(self.padding), list(self.stride))
+        size = tuple(kernel.shape[2:])
+        return F.unfold(inputs, size, tuple(self.dilation), tuple(self.padding), tuple(self.stride))
 
 
 def _in_channels(tensor: Tensor) -> Tensor:
