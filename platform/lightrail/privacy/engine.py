@@ -22,6 +22,7 @@ from lightrail.privacy.noise import DeterministicNoise, SystemNoise
 from lightrail.privacy.noise_source import NoiseSource
 from lightrail.privacy.refusals import check_budget, check_continuation, check_finite, check_strategy, no_horizon
 from lightrail.privacy.release import StepRelease
+from lightrail.privacy.sharded import shard_of
 
 if TYPE_CHECKING:
     from lightrail.run.run import Run
@@ -44,6 +45,7 @@ class PrivacyEngine:
         self.method = method
         self.horizon: PrivateHorizon | None = None
         self.ledger: Ledger | None = None
+        self.whole: list[Tensor] | None = None  # the parameters as operations see them
         self.path: Path | None = None  # where samples lie in the model's operations
         self.difference = 0.0  # how far gradients were from those of samples evaluated alone
         self.has_begun = False  # whether a first batch has shown that the model keeps nothing of it
@@ -57,7 +59,7 @@ class PrivacyEngine:
     def attach(self, trainer: Trainer) -> None:
         """Connects to the trainer before it runs."""
         self._trainer = trainer
-        check_strategy(trainer.strategy)
+        check_strategy(trainer.strategy, self.method)
         rank = trainer.global_rank
         seed = int(self._run.composition.config.seed or 0)
         if self.method.deterministic_noise:
@@ -168,19 +170,26 @@ class PrivacyEngine:
 
     # The release.
 
-    def release(self, sums: list[Tensor], params: Sequence[Tensor], sum_over_ranks: Callable[[Tensor], None]) -> None:
+    def release(
+        self,
+        sums: list[Tensor],
+        params: Sequence[Tensor],
+        updated: Sequence[Tensor],
+        sum_over_ranks: Callable[[Tensor], None],
+    ) -> None:
         """Turns the sums of a step into its private gradient, in ``.grad``.
 
         Args:
             sums: What the micro-batches of this rank contributed.
-            params: The parameters.
+            params: The parameters, whole.
+            updated: What the optimizer updates: the same, or this rank's parts of them.
             sum_over_ranks: Adds a tensor over all ranks, in place.
         """
         assert self.horizon is not None
         assert self.ledger is not None
         release = StepRelease(self, sum_over_ranks)
-        for p, gradient in zip(params, self.method.gradient(sums, params, release), strict=True):
-            p.grad = gradient.to(p.dtype).view(p.shape)
+        for p, gradient in zip(updated, self.method.gradient(sums, params, release), strict=True):
+            p.grad = shard_of(gradient.to(p.dtype).view(p.shape), p)
         noise = merged(*release.noises) if release.noises else 0.0
         self._account(noise, release.batch)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightrail.errors import ClosureError, CompositionError
 from lightrail.privacy.refusals import buffers_of, check_buffers
+from lightrail.privacy.sharded import are_sharded, gradients_left_alone, whole_parameters
 from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
 from lightrail.sample_gradients.paths import Path
 from lightrail.step.batches import leading_size
@@ -44,7 +45,12 @@ class PrivateWindow(WindowClosure):
     def __init__(self, trainer: Trainer, params: list[Tensor], statistics: Statistics, engine: PrivacyEngine) -> None:
         super().__init__(trainer, params, statistics)
         self._engine = engine
-        self._trained = [p for p in params if p.requires_grad]
+        self._updated = [p for p in params if p.requires_grad]
+        # What operations see: the same, except where ranks hold parts of them.
+        self._is_sharded = are_sharded(self._updated)
+        if engine.whole is None:
+            engine.whole = whole_parameters(self._module, self._updated)
+        self._trained = engine.whole
         self._elsewhere = engine.method.elsewhere(self._trained)
         self._sums: list[Tensor] | None = None
 
@@ -59,11 +65,15 @@ class PrivateWindow(WindowClosure):
         size = leading_size(batch[0])
         if size is None:
             raise _without_samples(batch[0])
-        if not size:
+        if not size and not self._is_sharded:
             return
         method = self._engine.method
         is_one_pass = method.engine == "one_pass"
-        with torch.compiler.set_stance("force_eager"), self._without_wrapper():
+        alone = gradients_left_alone(self._module) if self._is_sharded else nullcontext()
+        with torch.compiler.set_stance("force_eager"), self._without_wrapper(), alone:
+            if not size:
+                self._keep_step_with_others(batch)
+                return
             if is_one_pass and self._engine.path is None:
                 self._learn(batch)
             here = self._first_in_one_pass(batch) if is_one_pass else self._first_one_by_one(batch)
@@ -78,7 +88,7 @@ class PrivateWindow(WindowClosure):
         self.run_micro_batch()
         with torch.no_grad():
             sums = self._engine.method.nothing(self._trained) if self._sums is None else self._sums
-            self._engine.release(sums, self._trained, self._sum_over_ranks)
+            self._engine.release(sums, self._trained, self._updated, self._sum_over_ranks)
         # The loss itself is not private: a method that reads it finds out.
         return torch.full((), torch.nan, device=self._trained[0].device)
 
@@ -98,6 +108,21 @@ class PrivateWindow(WindowClosure):
         pieces = recording.pieces()
         refuse_unseen(self._trained)
         return SampleGradients(self._trained, pieces, self._scale(batch))
+
+    def _keep_step_with_others(self, batch: tuple[Any, ...]) -> None:
+        """Ranks that hold parts of the parameters gather them together: one without samples evaluates another record,
+        of which nothing is kept."""
+        windows: Any = self._trainer.fit_loop.windows  # type: ignore[attr-defined]
+        record = (self._trainer.strategy.batch_to_device(windows.stand_in), *batch[1:])
+        if self._engine.path is None:
+            self._learn(record)
+        assert self._engine.path is not None
+        with torch.enable_grad(), self._aside():
+            with Recording(self._trained, self._engine.path):
+                loss = self._evaluate(self._loss_fn, record, 0)
+            loss.backward()
+        for p in self._trained:
+            p.grad = None
 
     def _first_one_by_one(self, batch: tuple[Any, ...]) -> SampleGradients:
         self._run_lightning()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
 from lightrail.errors import CheckpointError, CompositionError, NonFiniteLoss
 from lightrail.privacy.ledger import Ledger
+from lightrail.privacy.method import PrivacyMethod
 
 __all__ = [
     "buffers_of",
@@ -24,19 +25,31 @@ __all__ = [
 _SLACK = 1e-3  # relative: what a calibrated plan may exceed its target by, on a grid of privacy losses
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Refuses a strategy under which a rank has no whole parameters, or exchanges more than sums with noise.
+def check_strategy(strategy: Strategy, method: PrivacyMethod) -> None:
+    """Refuses a strategy under which a rank never sees whole parameters, or exchanges more than sums with noise.
 
     Args:
         strategy: Of the trainer.
+        method: Of the run.
 
     Raises:
-        CompositionError: It is neither one device nor plain DDP.
+        CompositionError: It is neither one device, nor plain DDP, nor FSDP2 over ranks that share the data; or the
+            method works on the parameters themselves, which FSDP2 divides.
     """
     # Others that inherit from DDP divide parameters, or exchange gradients in ways of their own.
     if isinstance(strategy, SingleDeviceStrategy) or type(strategy) is DDPStrategy:
         return
-    raise sharded(type(strategy).__name__)
+    # By then it has settled "auto".
+    if not isinstance(strategy, ModelParallelStrategy) or strategy._tensor_parallel_size != 1:
+        raise sharded(type(strategy).__name__)
+    looks_elsewhere = type(method).elsewhere is not PrivacyMethod.elsewhere
+    if looks_elsewhere or method.engine != "one_pass":
+        raise CompositionError(
+            "a method that looks at two points, or at samples one by one, needs whole parameters on every rank",
+            found=f"{type(method).__name__}, privacy.engine={method.engine}, parameters sharded by FSDP2",
+            allowed="privacy=dp_sgd or ngp with privacy.engine=one_pass, or trainer.strategy=ddp",
+            remedy="Use trainer=ddp.",
+        )
 
 
 def sharded(strategy: str) -> CompositionError:

@@ -38,6 +38,7 @@ class PrivateWindows(Windows):
 
     def __init__(self, engine: PrivacyEngine, max_samples: int | None = None) -> None:
         super().__init__(Batching())
+        self.stand_in: Any = None  # a record in place of an empty micro-batch's, for ranks that must evaluate something
         self._max_samples = max_samples
         self._engine = engine
         self.is_secret = not engine.method.deterministic_noise
@@ -116,6 +117,7 @@ class PrivateWindows(Windows):
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._current = current = self._drawn.popleft()
+            self.stand_in = None if current.size else batch
             yield batch if current.size else take(batch, [])
 
     def _draw_epoch(self, own: Tensor, first: int, step: int) -> Iterator[list[int]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightrail.errors import CompositionError
 
-__all__ = ["are_sharded", "shard_of", "whole_parameters"]
+__all__ = ["are_sharded", "gradients_left_alone", "shard_of", "whole_parameters"]
 
 
 def are_sharded(params: Sequence[Tensor]) -> bool:
@@ -66,6 +67,21 @@ def _pairs(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
             group = state._fsdp_param_group
             for param in group.fsdp_params if group is not None else ():
                 yield param.sharded_param, param._unsharded_param
+
+
+@contextmanager
+def gradients_left_alone(module: nn.Module) -> Iterator[None]:
+    """Inside, a gradient that does reach a whole parameter stays there, where it is seen, and is not exchanged."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [each for each in module.modules() if isinstance(each, FSDPModule)]
+    for each in parts:
+        each.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for each in parts:
+            each.set_requires_gradient_sync(True, recurse=False)
 
 
 def shard_of(whole: Tensor, shard: Tensor) -> Tensor:

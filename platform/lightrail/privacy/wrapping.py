@@ -103,8 +103,8 @@ def _check_trainer(run: Run) -> None:
             "trainer.accumulate=1",
             "Set data.batch_size to the samples of a step, and privacy.max_physical_batch to what fits in memory.",
         )
-    strategy = str(trainer.get("strategy"))
-    if any(word in strategy for word in ("fsdp", "deepspeed", "model_parallel", "xla")):
+    strategy = trainer.get("strategy")
+    if isinstance(strategy, str) and any(word in strategy for word in ("fsdp", "deepspeed", "model_parallel", "xla")):
         raise sharded(strategy)
     if trainer.get("overfit_batches"):
         raise _refusal("a part of the batches", f"trainer.overfit_batches={trainer['overfit_batches']}", "all records")

@@ -108,7 +108,8 @@ def _normalisation(used: Used, *, weight: int, bias: int | None, is_of_channels:
 
     found: list[Piece] = []
     if w is not None and (owner := used.owner_at(w)) is not None:
-        found.append(gradient(b * normalised, owner))
+        product = normalised.mul_(b) if normalised.dtype == b.dtype else b * normalised
+        found.append(gradient(product, owner))
     if beta is not None and (owner := used.owner_at(beta)) is not None:
         found.append(gradient(b, owner))
     return found if len(found) == len(used.owners) else None

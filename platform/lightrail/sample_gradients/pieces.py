@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvolutionPiece", "EmbeddingPiece", "LinearPiece", "Piece", "joined", "squared_norms", "weighted_sum"]
 
-_MOST_AT_ONCE = 2**24  # numbers of samples' gradients that are held for their norms alone
+_MOST_AT_ONCE = 2**22  # numbers of samples' gradients that are held for their norms alone
 
 
 class Piece:
