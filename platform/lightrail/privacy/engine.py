@@ -156,12 +156,16 @@ class PrivacyEngine:
 
     # The records of a step.
 
+    def expected(self, step: int) -> int:
+        """How many records a step is to have, over all ranks."""
+        assert self.horizon is not None
+        # What is loaded ahead may lie beyond the last step.
+        return self.method.batch_at(min(step, self.horizon.steps - 1), self.horizon)
+
     def drawn(self, count: int, step: int) -> Tensor:
         """Which of ``count`` records of this rank take part in a step: a mask ``[count]``."""
         assert self.horizon is not None
-        # What is loaded ahead may lie beyond the last step.
-        batch = self.method.batch_at(min(step, self.horizon.steps - 1), self.horizon)
-        return self._coins.bernoulli(count, batch, self.horizon.records)
+        return self._coins.bernoulli(count, self.expected(step), self.horizon.records)
 
     def shuffled(self, count: int) -> Tensor:
         """A new order of ``count`` records; the next step begins to release all of them."""
@@ -175,6 +179,7 @@ class PrivacyEngine:
         sums: list[Tensor],
         params: Sequence[Tensor],
         updated: Sequence[Tensor],
+        drawn: int,
         sum_over_ranks: Callable[[Tensor], None],
     ) -> None:
         """Turns the sums of a step into its private gradient, in ``.grad``.
@@ -183,11 +188,14 @@ class PrivacyEngine:
             sums: What the micro-batches of this rank contributed.
             params: The parameters, whole.
             updated: What the optimizer updates: the same, or this rank's parts of them.
+            drawn: How many records the step was expected to have when it was drawn.
             sum_over_ranks: Adds a tensor over all ranks, in place.
         """
         assert self.horizon is not None
         assert self.ledger is not None
         release = StepRelease(self, sum_over_ranks)
+        if release.batch != drawn:
+            raise RuntimeError(f"step {self.step} was drawn at {drawn} records and is accounted at {release.batch}")
         for p, gradient in zip(updated, self.method.gradient(sums, params, release), strict=True):
             p.grad = shard_of(gradient.to(p.dtype).view(p.shape), p)
         noise = merged(*release.noises) if release.noises else 0.0

@@ -45,6 +45,7 @@ class PrivateWindow(WindowClosure):
     def __init__(self, trainer: Trainer, params: list[Tensor], statistics: Statistics, engine: PrivacyEngine) -> None:
         super().__init__(trainer, params, statistics)
         self._engine = engine
+        self._windows: Any = trainer.fit_loop.windows  # type: ignore[attr-defined]
         self._updated = [p for p in params if p.requires_grad]
         # What operations see: the same, except where ranks hold parts of them.
         self._is_sharded = are_sharded(self._updated)
@@ -88,7 +89,8 @@ class PrivateWindow(WindowClosure):
         self.run_micro_batch()
         with torch.no_grad():
             sums = self._engine.method.nothing(self._trained) if self._sums is None else self._sums
-            self._engine.release(sums, self._trained, self._updated, self._sum_over_ranks)
+            drawn = self._windows.portion.samples
+            self._engine.release(sums, self._trained, self._updated, drawn, self._sum_over_ranks)
         # The loss itself is not private: a method that reads it finds out.
         return torch.full((), torch.nan, device=self._trained[0].device)
 
@@ -112,8 +114,7 @@ class PrivateWindow(WindowClosure):
     def _keep_step_with_others(self, batch: tuple[Any, ...]) -> None:
         """Ranks that hold parts of the parameters gather them together: one without samples evaluates another record,
         of which nothing is kept."""
-        windows: Any = self._trainer.fit_loop.windows  # type: ignore[attr-defined]
-        record = (self._trainer.strategy.batch_to_device(windows.stand_in), *batch[1:])
+        record = (self._trainer.strategy.batch_to_device(self._windows.stand_in), *batch[1:])
         if self._engine.path is None:
             self._learn(record)
         assert self._engine.path is not None

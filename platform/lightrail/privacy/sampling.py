@@ -124,12 +124,12 @@ class PrivateWindows(Windows):
         for place in range(first, self.steps_in_epoch):
             # Counted from the start, since workers load ahead of the steps that were made.
             chosen = own[self._choose(len(own), step + place - first, place)]
+            expected = Portion(self._engine.expected(step + place - first))
             sizes = self._sizes(len(chosen))
             is_last = place + 1 == self.steps_in_epoch
             for i, (size, part) in enumerate(zip(sizes, chosen.split(sizes), strict=True)):
                 closes = i + 1 == len(sizes)
-                portion = Portion(self.base)
-                self._drawn.append(MicroBatch(portion, size, len(sizes), closes, closes and is_last))
+                self._drawn.append(MicroBatch(expected, size, len(sizes), closes, closes and is_last))
                 # A loader has no empty batches; of one record's, no sample is kept.
                 yield part.tolist() if size else [self.rank % self.data_size]
 
