@@ -153,7 +153,8 @@ class DPSGD(PrivacyMethod):
         if self.clip == "adaptive":
             return self._adaptive(sums, release)
         noisy = release(sums, sensitivity=self.clip_norm, noise=release.noise)
-        return [each / release.batch for each in noisy]
+        torch._foreach_div_(noisy, float(release.batch))
+        return noisy
 
     def _adaptive(self, sums: list[Tensor], release: Release) -> list[Tensor]:
         # Without noise in the gradient there is no privacy for the count to spend.
@@ -163,7 +164,8 @@ class DPSGD(PrivacyMethod):
         (count,) = release(sums[-1:], sensitivity=_COUNT_SENSITIVITY, noise=sigma_b / _COUNT_SENSITIVITY)
         fraction = float(count) / release.batch + 0.5
         self._norm = adapted_norm(self._norm, fraction, self.quantile, self.clip_lr)
-        return [each / release.batch for each in noisy]
+        torch._foreach_div_(noisy, float(release.batch))
+        return noisy
 
     def nothing(self, params: Sequence[Tensor]) -> list[Tensor]:
         zeros = super().nothing(params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightrail.privacy import PrivacyMethod, Release
@@ -69,4 +70,5 @@ class NGP(PrivacyMethod):
 
     def gradient(self, sums: list[Tensor], params: Sequence[Tensor], release: Release) -> list[Tensor]:
         noisy = release(sums, sensitivity=_NORM, noise=release.noise)
-        return [each / release.batch for each in noisy]
+        torch._foreach_div_(noisy, float(release.batch))
+        return noisy

@@ -47,9 +47,7 @@ def main() -> None:
         noise = 0.0 if name != "small_batches" else 1.0
         run = private(folder / name, *options, task="privacy_fsdp_program.Sharded", noise=noise)
         if devices > 1:
-            strategy = OfWeights(
-                data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
-            )
+            strategy = OfWeights(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
             run.trainer = {**run.trainer, "devices": devices, "strategy": strategy}
         run.execute(show_progress=False)
         weights = {key: p.full_tensor() if isinstance(p, DTensor) else p for key, p in run.task.named_parameters()}

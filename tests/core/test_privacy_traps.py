@@ -251,3 +251,16 @@ def test_a_question_to_the_closure_is_refused_where_no_trait_foretold_it(tmp_pat
     run = private(tmp_path, "+transform=[privacy_models.Secretly]")
     with pytest.raises(ClosureError, match="evaluates the private data again"):
         run.execute(show_progress=False)
+
+
+def test_masks_of_a_private_run_do_not_follow_from_its_seed(tmp_path: Path) -> None:
+    drawn = {}
+    for name, options in {"secret": (), "known": ("privacy.deterministic_noise=true",)}.items():
+        after = []
+        for turn in "ab":
+            private(tmp_path / name / turn, "seed=3", "trainer.max_steps=1", *options).execute(show_progress=False)
+            after.append(torch.rand(4))
+        drawn[name] = torch.equal(*after)
+    assert drawn == {"secret": False, "known": True}
+    state = torch.load(only(tmp_path / "secret" / "a") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["lightrail"]["positions"][0]["random"] is None

@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> PrivacyTables:
         options: As :func:`add_arguments` describes, and ``rounds``.
 
     Raises:
-        PluginError: Opacus is not installed, or there is no such model.
+        PluginError: Opacus is not installed, there is no such model, or a way that is not Opacus's cannot train it.
     """
     _check(options)
     found = PrivacyTables()
@@ -105,6 +105,8 @@ def _taken(
         try:
             found = _process(way, model, options, steps=1, environment=_HANDS_BACK)
         except UserError as error:
+            if way not in OPACUS:
+                raise
             left_out.append(f"left out: {way} with {model}: {error.found}")
             ways.remove(way)
             continue

@@ -13,8 +13,8 @@ from lightrail.errors import PluginError
 
 __all__ = ["AesStream", "cipher_library"]
 
-# Numbers that are worked on at once: they fit in a processor's cache.
-CACHED = 1 << 15
+# Numbers that are worked on at once: they fit in a processor's cache, and are enough for several threads.
+CACHED = 1 << 17
 
 
 def cipher_library() -> Any:
@@ -53,6 +53,11 @@ class AesStream:
 
     def fill(self, out: Tensor, std: float) -> None:
         """Writes N(0, std²) into a contiguous tensor of float32 or float64 on the processor."""
+        out.zero_()
+        self.add(out, std)
+
+    def add(self, out: Tensor, std: float) -> None:
+        """Adds N(0, std²) to a contiguous tensor of float32 or float64 on the processor."""
         if out.dtype not in self._blocks:
             # Buffers that were made under inference mode could not be written outside of it.
             with torch.inference_mode(False), torch.device("cpu"):
@@ -60,46 +65,42 @@ class AesStream:
         block, flat, first = self._blocks[out.dtype], out.view(-1), 0
         while first < flat.numel():
             taken = block.take(flat.numel() - first, self._cipher)
-            torch.mul(taken, std, out=flat[first : first + taken.numel()])
+            flat[first : first + taken.numel()].add_(taken, alpha=std)
             first += taken.numel()
 
 
 class _Block:
-    """Standard normals that were made at once, and how many of them are used."""
+    """Standard normals that were made at once, and how many of them are used.
+
+    Each is √(2 / n) Σ_k erf⁻¹(c_k) with c_k uniform on (-1, 1), from a signed number of 32 bits (64 for float64).
+    """
 
     def __init__(self, draws: int, dtype: torch.dtype) -> None:
         is_double = dtype == torch.float64
-        pairs = max(256, CACHED // (2 * draws if is_double else draws))
-        size = 2 * draws * pairs * dtype.itemsize
+        count = max(256, CACHED // (2 * draws if is_double else draws))
+        size = draws * count * dtype.itemsize
         self._zeros = bytes(size)
         # The cipher asks for room for one block of its own more.
         self._bytes = bytearray(size + 16)
         words = torch.int64 if is_double else torch.int32
-        self._words = torch.frombuffer(self._bytes, dtype=words, count=size // dtype.itemsize).view(2, draws, pairs)
-        self._bits = 8 * dtype.itemsize
-        self._uniform = torch.empty(2, draws, pairs, dtype=dtype)
-        self._cosine = torch.empty(draws, pairs, dtype=dtype)
-        self._normal = torch.empty(2, pairs, dtype=dtype)
-        self._used = 2 * pairs
+        self._words = torch.frombuffer(self._bytes, dtype=words, count=draws * count).view(draws, count)
+        # A number at the very end of its range becomes the last one before 1, whose inverse is finite.
+        self._unit = 2.0 ** (1 - 8 * dtype.itemsize) * (1 - torch.finfo(dtype).eps)
+        self._uniform = torch.empty(draws, count, dtype=dtype)
+        self._normal = torch.empty(count, dtype=dtype)
+        self._used = count
 
     def take(self, count: int, cipher: Any) -> Tensor:
         """At most ``count`` normals that were never taken before."""
         if self._used == self._normal.numel():
             self._make(cipher)
-        taken = self._normal.view(-1)[self._used : self._used + count]
+        taken = self._normal[self._used : self._used + count]
         self._used += taken.numel()
         return taken
 
     def _make(self, cipher: Any) -> None:
         cipher.update_into(self._zeros, self._bytes)
-        bits, (radius, angle) = self._bits, self._uniform
-        self._words[0].bitwise_and_((1 << (bits - 1)) - 1)
-        self._uniform.copy_(self._words)
-        # The half keeps u off 0.
-        radius.mul_(2.0 ** (1 - bits)).add_(2.0**-bits).log_().mul_(-2 / radius.shape[0]).sqrt_()
-        angle.mul_(2 * math.pi * 2.0**-bits)
-        # The two normals of a pair go into two different sums.
-        torch.cos(angle, out=self._cosine)
-        torch.sum(self._cosine.mul_(radius), 0, out=self._normal[0])
-        torch.sum(angle.sin_().mul_(radius), 0, out=self._normal[1])
+        self._uniform.copy_(self._words).mul_(self._unit).erfinv_()
+        torch.sum(self._uniform, 0, out=self._normal)
+        self._normal.mul_(math.sqrt(2 / len(self._uniform)))
         self._used = 0

@@ -23,6 +23,7 @@ from lightrail.privacy.noise_source import NoiseSource
 from lightrail.privacy.refusals import check_budget, check_continuation, check_finite, check_strategy, no_horizon
 from lightrail.privacy.release import StepRelease
 from lightrail.privacy.sharded import shard_of
+from lightrail.step.randomness import RandomState
 
 if TYPE_CHECKING:
     from lightrail.run.run import Run
@@ -104,6 +105,9 @@ class PrivacyEngine:
         else:
             self.ledger = self._continued(self._resumed, delta)
         self.running = RunningEpsilon(delta, self.method.accountant)
+        if self.noise.is_secret:
+            # Dropout masks of a public seed would tell which place in its batch a sample had.
+            RandomState.forget_seed()
         if self._trainer.is_global_zero:
             announce(self.ledger)
         return horizon.steps

@@ -34,9 +34,9 @@ class SystemNoise(NoiseSource):
     """Noise that nobody can repeat, keyed by the system.
 
     On a processor it is made of the bytes of AES-256 in counter mode, under a key of 32 bytes of the system's that
-    never leaves the memory of the process: u and v of 32 bits (64 for float64) give by Box and Muller the normals
+    never leaves the memory of the process: numbers c of 32 bits (64 for float64), uniform on (-1, 1), give the normals
 
-    √(−2 ln u) cos 2πv  and  √(−2 ln u) sin 2πv,  u in (0, 1], v in [−1/2, 1/2)
+    √2 erf⁻¹(c)
 
     It neither reads nor moves any generator of torch, numpy or python; a process that is forked, and a copy, take a new
     key. An accelerator draws itself, from a generator (Philox) that 64 bits of the system's seed. Torch's generator
@@ -60,8 +60,8 @@ class SystemNoise(NoiseSource):
         False
 
     Reference:
-        G. Box and M. Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38A (2001), section
-        6.5; N. Holohan and S. Braghin (2021), Secure Random Sampling in Differential Privacy, section 5.
+        NIST SP 800-38A (2001), section 6.5; N. Holohan and S. Braghin (2021), Secure Random Sampling in Differential
+        Privacy, section 5.
     """
 
     is_secret = True
@@ -110,6 +110,14 @@ class SystemNoise(NoiseSource):
                 made = torch.empty(out.shape, dtype=out.dtype, device="cpu")
                 stream.fill(made, std)
                 out.copy_(made)
+
+    def _add(self, flat: Tensor, std: float) -> None:
+        if flat.device.type != "cpu":
+            super()._add(flat, std)
+            return
+        stream = self._of_this_process()
+        with self._lock:
+            stream.add(flat, std)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

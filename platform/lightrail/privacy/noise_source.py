@@ -80,6 +80,13 @@ class NoiseSource(ABC):
         """
         _check(tensors, std)
         for some in _few(tensors) if std else ():
+            if (
+                some[0].dtype in (torch.float32, torch.float64)
+                and some[0].numel() >= AT_ONCE
+                and some[0].is_contiguous()
+            ):
+                self._add(some[0].view(-1), std)
+                continue
             pairs = list(zip(some, self._drawn(some, std), strict=True))
             same = [(tensor, noise) for tensor, noise in pairs if tensor.dtype == noise.dtype]
             if same:
@@ -148,6 +155,13 @@ class NoiseSource(ABC):
             drawn.update(zip(some, flat.split(sizes), strict=True))
         return [_shaped(drawn[place], tensor) for place, tensor in enumerate(tensors)]
 
+    def _add(self, flat: Tensor, std: float) -> None:
+        """Adds N(0, std²) to a long vector of float32 or float64, a part at a time."""
+        for part in flat.split(AT_ONCE):
+            noise = torch.empty_like(part)
+            self._fill(noise, std)
+            part.add_(noise)
+
     @abstractmethod
     def _fill(self, out: Tensor, std: float) -> None:
         """Writes N(0, std²) into a vector of float32 or float64."""
@@ -173,6 +187,9 @@ def _few(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Runs of tensors whose noise is drawn at once: many small ones, or a large one."""
     some: list[Tensor] = []
     for tensor in tensors:
+        if tensor.numel() >= AT_ONCE:
+            yield [tensor]
+            continue
         some.append(tensor)
         if sum(each.numel() for each in some) >= AT_ONCE:
             yield some

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,18 +56,42 @@ def learn(
     path = survey(evaluate, params, batch)
     drawn = _Drawn()
     together, owners = _together(evaluate, params, path, batch, drawn, is_mean)
-    alone = _alone(evaluate, params, batch, drawn.numbers)
-    if alone is None:
+    found = _compared(together, evaluate, params, batch, drawn.numbers)
+    if found.size.numel() and not found.is_finite.any():
         return path, float("nan")
     allowed = _allowed(params, is_half)
-    wrong = _differing(params, together, alone, allowed)
+    wrong = found.wrong(params, allowed)
     if wrong:
         path = _interleaved(path, owners, wrong)
         together, _ = _together(evaluate, params, path, batch, _Repeated(drawn.numbers), is_mean)
-    worst = _difference(together, alone)
+        found = _compared(together, evaluate, params, batch, drawn.numbers)
+    worst = _worst(found.apart, found.size)
     if not worst <= allowed:
-        raise _mixing(together, alone, worst)
+        raise _mixing(found, worst)
     return path, worst
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Squared lengths, one a parameter and sample ``[P, B]``; zero for a sample that is not finite.
+
+    Args:
+        apart: Of the difference of what a sample gives among others and alone.
+        apart_as_sum: The same, were the loss a sum over samples.
+        size: Of what it gives alone.
+        is_finite: Which samples are ``[B]``.
+    """
+
+    apart: Tensor
+    apart_as_sum: Tensor
+    size: Tensor
+    is_finite: Tensor
+
+    def wrong(self, params: Sequence[Tensor], allowed: float) -> set[int]:
+        """The parameters whose gradients are not those of the samples alone, by identity."""
+        slack = torch.tensor([1e-14 * p.numel() for p in params], dtype=torch.float64)
+        is_wrong = ~(self.apart <= allowed**2 * self.size + slack[:, None]).all(1)
+        return {id(p) for p, wrong in zip(params, is_wrong.tolist(), strict=True) if wrong}
 
 
 def _probes(batch: Any) -> list[int]:
@@ -87,7 +112,7 @@ def _together(
     batch: Any,
     numbers: TorchFunctionMode,
     is_mean: bool,
-) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+) -> tuple[SampleGradients, dict[int, list[Tensor]]]:
     recording = Recording(params, path)
     with torch.enable_grad():
         with numbers, recording:
@@ -99,37 +124,36 @@ def _together(
     pieces = recording.pieces()
     refuse_unseen(params)
     scale = PROBED[0] if is_mean else 1
-    return SampleGradients(params, pieces, scale).per_sample(), recording.owners
+    return SampleGradients(params, pieces, scale), recording.owners
 
 
-def _alone(
-    evaluate: Callable[[Any], Tensor], params: Sequence[Tensor], batch: Any, numbers: Sequence[Tensor]
-) -> list[Tensor] | None:
-    found = [torch.zeros(PROBED[0], *p.shape, dtype=p.dtype, device=p.device) for p in params]
+def _compared(
+    together: SampleGradients,
+    evaluate: Callable[[Any], Tensor],
+    params: Sequence[Tensor],
+    batch: Any,
+    numbers: Sequence[Tensor],
+) -> _Compared:
+    """One sample after the other, so that no more than two gradients are held at a time."""
+    shape = (len(params), PROBED[0])
+    apart, apart_as_sum, size = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    is_finite = torch.ones(PROBED[0], dtype=torch.bool)
     for i in range(PROBED[0]):
         with torch.enable_grad():
             with _Repeated(numbers, i):
                 loss = evaluate(take(batch, [i]))
-            gradients = torch.autograd.grad(loss, list(params), allow_unused=True)
-        for kept, gradient in zip(found, gradients, strict=True):
-            if gradient is not None:
-                kept[i] = gradient
-    # One that is not finite is left out of any sum, and proves nothing.
-    is_left_out = ~torch.stack([each.flatten(1).isfinite().all(1) for each in found]).all(0)
-    if bool(is_left_out.all()):
-        return None
-    return [each.masked_fill(is_left_out.view(-1, *[1] * (each.dim() - 1)), 0.0) for each in found]
-
-
-def _differing(
-    params: Sequence[Tensor], together: Sequence[Tensor], alone: Sequence[Tensor], allowed: float
-) -> set[int]:
-    """The parameters whose gradients are not those of the samples alone, by identity."""
-    return {
-        id(p)
-        for p, mine, other in zip(params, together, alone, strict=True)
-        if not _difference([mine], [other]) <= allowed and not torch.allclose(mine, other.to(mine.dtype), atol=1e-7)
-    }
+            alone = torch.autograd.grad(loss, list(params), allow_unused=True)
+        is_finite[i] = all(bool(each.isfinite().all()) for each in alone if each is not None)
+        if not is_finite[i]:
+            continue  # it is left out of any sum, and proves nothing
+        chosen = torch.zeros(len(together), device=params[0].device)
+        chosen[i] = 1
+        for place, (mine, other) in enumerate(zip(together.weighted_sum(chosen), alone, strict=True)):
+            other = torch.zeros_like(mine) if other is None else other.to(mine.dtype)
+            apart[place, i] = (mine - other).square().sum(dtype=torch.float64)
+            apart_as_sum[place, i] = (mine / PROBED[0] - other).square().sum(dtype=torch.float64)
+            size[place, i] = other.square().sum(dtype=torch.float64)
+    return _Compared(apart, apart_as_sum, size, is_finite)
 
 
 def _interleaved(path: Path, owners: dict[int, list[Tensor]], wrong: set[int]) -> Path:
@@ -166,30 +190,25 @@ def _unseen(found: str) -> CompositionError:
     )
 
 
-def _difference(together: Sequence[Tensor], alone: Sequence[Tensor]) -> float:
+def _worst(apart: Tensor, size: Tensor) -> float:
     """The largest over samples of ‖g_i - g'_i‖ / ‖g'_i‖; infinite where one is not a number."""
-    apart = torch.stack(
-        [(a - b).reshape(len(a), -1).double().square().sum(1) for a, b in zip(together, alone, strict=True)]
-    )
-    size = torch.stack([b.reshape(len(b), -1).double().square().sum(1) for b in alone])
     both = apart.sum(0).sqrt() / size.sum(0).sqrt().clamp_min(1e-12)
     return float(both.nan_to_num(nan=float("inf")).max()) if both.numel() else 0.0
 
 
-def _mixing(together: Sequence[Tensor], alone: Sequence[Tensor], worst: float) -> CompositionError:
-    count = len(together[0])
-    is_sum = _difference([each / count for each in together], alone) <= TOLERANCE
-    found = f"the gradients of {count} samples evaluated together and alone differ by {worst:.2g} of their length"
+def _mixing(found: _Compared, worst: float) -> CompositionError:
+    is_sum = _worst(found.apart_as_sum, found.size) <= TOLERANCE
+    told = f"the gradients of {PROBED[0]} samples evaluated together and alone differ by {worst:.2g} of their length"
     if is_sum:
         return CompositionError(
             "the loss is the sum over the samples of a batch, not their mean",
-            found=found,
+            found=told,
             allowed="a mean, or privacy.loss=sum",
             remedy="Say privacy.loss=sum, or let the loss average.",
         )
     return CompositionError(
         "the loss of a sample depends on the other samples of its batch",
-        found=found,
+        found=told,
         allowed="a loss that is the mean over samples of what each gives alone",
         remedy="Look for BatchNorm, contrastive losses, in-batch negatives, class weights that are normalised over the "
         "batch, means over tokens of sequences of unequal length. Nothing that mixes samples can be private as it is.",

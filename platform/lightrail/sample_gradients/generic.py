@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from lightrail.sample_gradients.convolution import convolution_pieces, transposed_convolution_pieces
-from lightrail.sample_gradients.operands import Axis, cannot_separate, samples_first
+from lightrail.sample_gradients.operands import RECURRENT, Axis, cannot_separate, samples_first
 from lightrail.sample_gradients.pieces import EmbeddingPiece, LinearPiece, Piece, TransposedLinearPiece
 from lightrail.sample_gradients.used import Used
 
@@ -37,7 +41,8 @@ def _front(tensor: Tensor, axis: Axis) -> Tensor:
 
 def _linear(used: Used) -> list[Piece] | None:
     args, kwargs = used.arguments()
-    x, weight, bias = (*args, *(kwargs.get(name) for name in ("input", "weight", "bias")[len(args) :]))
+    operands: list[Any] = [*args, *(kwargs.get(name) for name in ("input", "weight", "bias")[len(args) :])]
+    x, weight, bias = operands
     axis, out = used.axis_of(x), used.call.outputs[0]
     if axis is None or out is None or axis.axis == x.dim() - 1:
         return None
@@ -164,21 +169,32 @@ def _sample_by_sample(used: Used) -> list[Piece]:
             for i, sample in zip(axes, samples, strict=True):
                 leaves[i] = sample
             args, kwargs = used.arguments(leaves)
-            found = torch.utils._pytree.tree_leaves(used.func(*args, **kwargs))
+            found = pytree.tree_leaves(used.func(*args, **kwargs))
             return tuple(found[j] for j in differentiable)
 
-        _, pull_back = torch.func.vjp(evaluate, *(used.leaves[i] for i in owners))
+        _, pull_back, *_ = torch.func.vjp(evaluate, *(used.leaves[i] for i in owners))
         return pull_back(tuple(received))
 
     samples = [samples_first(used.leaves[i], axis).movedim(1, axis.axis + 1) for i, axis in axes.items()]
     received = [samples_first(b, axis).movedim(1, axis.axis + 1) for b, axis in zip(grads, out_axes, strict=True)]
     try:
-        # The fused kernels of recurrent layers cannot be evaluated for many samples at once.
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        with torch.no_grad(), _kernels_for_many(used.call.func):
             gradients = torch.func.vmap(of_one)(samples, received)
     except RuntimeError as error:
         raise cannot_separate(f"{used.name}: {str(error).splitlines()[0][:160]}") from error
     return [Piece(used.owners[i], gradient) for i, gradient in zip(owners, gradients, strict=True)]
+
+
+@contextmanager
+def _kernels_for_many(func: Any) -> Iterator[None]:
+    """The fused kernels of recurrent layers cannot be evaluated for many samples at once; the plain ones can."""
+    if func not in RECURRENT:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32.*")  # setting one flag sets others, which warn
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
 
 
 def _gradient_or_zeros(used: Used, index: int) -> Tensor:
@@ -194,7 +210,7 @@ _group_norm = partial(_normalisation, weight=2, bias=3, is_of_channels=True)
 _instance_norm = partial(_normalisation, weight=1, bias=2, is_of_channels=True)
 
 RULES: dict[Any, Callable[[Used], list[Piece] | None]] = {
-    torch._C._nn.linear: _linear,
+    F.linear: _linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -11,8 +11,8 @@ __all__ = ["pair"]
 def pair(kind: str, problem: str, method: str, claim: Claim) -> tuple[Measured, Measured]:
     """A method with its claim's options, and its baseline; neither is measured yet.
 
-    An optimizer is compared with another, a batching and a private method likewise; a transform with the optimizer behind it alone; a
-    callback with the run without it.
+    An optimizer is compared with another, a batching and a private method likewise; a transform with the optimizer
+    behind it alone; a callback with the run without it.
 
     Args:
         kind: Of the method.
