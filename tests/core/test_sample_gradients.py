@@ -77,7 +77,7 @@ def encoder(**options: Any) -> nn.Module:
 VECTORS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(8, 3),
     "without_bias": lambda: nn.Sequential(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 1)),
-    "layer_norm": lambda: nn.Sequential(nn.LayerNorm((8, 8)), nn.Linear(8, 5), nn.LayerNorm(5)),
+    "layer_norm": lambda: nn.Sequential(nn.LayerNorm([8, 8]), nn.Linear(8, 5), nn.LayerNorm(5)),
     "rms_norm": lambda: nn.Sequential(nn.Linear(8, 5), nn.RMSNorm(5)),
     "conv1d": lambda: nn.Sequential(nn.Conv1d(8, 6, 3, padding=1), nn.ConvTranspose1d(6, 3, 2), nn.PReLU()),
     "transformer": lambda: encoder(batch_first=True),

@@ -34,9 +34,9 @@ class SystemNoise(NoiseSource):
     """Noise that nobody can repeat, keyed by the system.
 
     On a processor it is made of the bytes of AES-256 in counter mode, under a key of 32 bytes of the system's that
-    never leaves the memory of the process: numbers c of 32 bits (64 for float64), uniform on (-1, 1), give the normals
+    never leaves the memory of the process: u and v of 32 bits (64 for float64) give by Box and Muller the normals
 
-    √2 erf⁻¹(c)
+    √(−2 ln |u|) sin πv,  u and v uniform on [−1, 1]
 
     It neither reads nor moves any generator of torch, numpy or python; a process that is forked, and a copy, take a new
     key. An accelerator draws itself, from a generator (Philox) that 64 bits of the system's seed. Torch's generator
@@ -60,7 +60,8 @@ class SystemNoise(NoiseSource):
         False
 
     Reference:
-        NIST SP 800-38A (2001), section 6.5; N. Holohan and S. Braghin (2021), Secure Random Sampling in Differential
+        G. Box and M. Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38A (2001), section
+        6.5; N. Holohan and S. Braghin (2021), Secure Random Sampling in Differential
         Privacy, section 5.
     """
 
