@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightrail.errors import CompositionError
 from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
+from lightrail.sample_gradients.paths import survey
 
 # As many samples as there are tokens, positions and channels, so that no shape says which axis is which.
 BATCH = 8
@@ -360,3 +361,21 @@ def test_close_gradients_are_subtracted_without_losing_their_difference() -> Non
     assert torch.allclose(difference.norms().double(), exact.norms().double(), rtol=1e-2)
     total = difference.weighted_sum(torch.ones(7))
     assert all(torch.allclose(a.double(), b, rtol=1e-2, atol=1e-6) for a, b in zip(total, exact.sum(), strict=True))
+
+
+def test_a_norm_whose_terms_cancel_is_not_taken_for_small() -> None:
+    """Two places whose shares are huge and opposite: rounding leaves more of them in the sum than in the norm."""
+    torch.manual_seed(0)
+    size = 1e5
+    batch = torch.randn(4, 1, 6).mul(size).repeat(1, 2, 1)
+    batch[:, 1] *= 1 + 1e-7
+    layer = nn.Linear(6, 5, bias=False)
+    weights, signs = torch.randn(5), torch.tensor([1.0, -1.0])[:, None]
+
+    def evaluate(x: Tensor) -> Tensor:
+        return (layer(x) * signs * weights * size).flatten(1).sum(1).mean()
+
+    found = recorded(evaluate, [layer.weight], survey(evaluate, [layer.weight], batch), batch)
+    for i in range(4):
+        alone = found.weighted_sum(torch.eye(4)[i])[0]
+        assert found.norms()[i] >= alone.norm() * (1 - 1e-6)

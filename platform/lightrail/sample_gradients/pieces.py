@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvolutionPiece", "EmbeddingPiece", "LinearPiece", "Piece", "joined", "squared_norms", "weighted_sum"]
 
 _MOST_AT_ONCE = 2**22  # numbers of samples' gradients that are held for their norms alone
+_ROUNDINGS = 8  # of a product of two vectors, relative to their lengths, at most
 
 
 class Piece:
@@ -51,6 +52,10 @@ class Piece:
         gradients = self._gradients
         return (weights.to(gradients.dtype) @ _rows(gradients)).view(self.owner.shape)
 
+    def doubt(self) -> Tensor | float:
+        """How much of ‖g_i‖² rounding can have hidden: nothing where the gradients themselves are kept."""
+        return 0.0
+
     def scaled(self, factor: float) -> Piece:
         """The same for another multiple of the loss."""
         return Piece(self.owner, self._gradients * factor)
@@ -77,6 +82,15 @@ class _OfOperands(Piece):
 
     def squared_norms(self) -> Tensor:
         return _norms_in_chunks(self.per_sample, self.count, self.owner.numel())
+
+    def doubt(self) -> Tensor | float:
+        # Products of many places may cancel, in a norm and in a sum differently; none is longer than ‖a_i‖ ‖b_i‖.
+        a, b = (_rows(each).square().sum(1) for each in _at_full_precision(self.inputs, self.outputs))
+        return _ROUNDINGS * torch.finfo(b.dtype).eps * self._overlaps() * a * b
+
+    def _overlaps(self) -> int:
+        """At how many places one number of the inputs is used; 0 where there is one place only, and nothing cancels."""
+        return int(self.inputs.shape[1] > 1)
 
     def _with(self, inputs: Tensor, outputs: Tensor) -> Piece:
         return type(self)(self.owner, inputs, outputs)
@@ -135,6 +149,11 @@ class EmbeddingPiece(_OfOperands):
         is_same = self.inputs[:, :, None] == self.inputs[:, None, :]
         return (torch.bmm(b, b.mT) * is_same).sum((1, 2))
 
+    def doubt(self) -> Tensor | float:
+        (b,) = _at_full_precision(self.outputs)
+        places = self.inputs.shape[1]
+        return _ROUNDINGS * torch.finfo(b.dtype).eps * (places if places > 1 else 0) * _rows(b).square().sum(1)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         (b,) = _at_full_precision(self.outputs)
         found = b.new_zeros(self.owner.shape)
@@ -166,6 +185,9 @@ class ConvolutionPiece(_OfOperands):
         a, b = _at_full_precision(self.inputs, self.outputs)
         found = self._geometry.squared_norms(a, b, self.owner)
         return super().squared_norms() if found is None else found
+
+    def _overlaps(self) -> int:
+        return self.owner[0, 0].numel()
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         a, b = _at_full_precision(self.inputs, self.outputs)
@@ -199,7 +221,14 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def squared_norms(pieces: Sequence[Piece]) -> Tensor:
-    """‖Σ_k g_i^k‖² of pieces with one owner, ``[B]``."""
+    """‖Σ_k g_i^k‖² of pieces with one owner, ``[B]``: never less than it is, since too little would be clipped then."""
+    total = _measured(pieces)
+    for piece in pieces:
+        total = total + len(pieces) * piece.doubt()
+    return total
+
+
+def _measured(pieces: Sequence[Piece]) -> Tensor:
     if len(pieces) == 1:
         return pieces[0].squared_norms()
     if len(pieces) == 2 and {type(each) for each in pieces} == {EmbeddingPiece, LinearPiece}:
