@@ -177,7 +177,7 @@ def test_one_pass_equals_one_by_one(
     assert torch.allclose(together.norms().to(dtype), alone.norms().to(dtype), rtol=tolerance)
     scale = alone.norms_by_parameter().amax()
     assert torch.allclose(
-        together.norms_by_parameter(), alone.norms_by_parameter(), rtol=10 * tolerance, atol=tolerance * scale
+        together.norms_by_parameter(), alone.norms_by_parameter(), rtol=10 * tolerance, atol=float(tolerance * scale)
     )
     weights = torch.linspace(-1, 2, BATCH, dtype=dtype)
     for mine, theirs, p in zip(together.weighted_sum(weights), alone.weighted_sum(weights), params, strict=True):
