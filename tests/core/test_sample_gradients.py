@@ -308,10 +308,10 @@ def test_dropout_inside_a_recurrent_network_is_refused() -> None:
 
 def test_a_model_that_goes_another_way_with_more_samples_is_refused() -> None:
     first, second = nn.Linear(4, 1), nn.Linear(4, 1)
-    params, batch = [*first.parameters(), *second.parameters()], torch.randn(6, 4)
+    params, batch = [*first.parameters(), *second.parameters()], torch.randn(12, 4)
 
     def evaluate(x: Tensor) -> Tensor:
-        extra = second(x).square() if len(x) > 3 else 0.0
+        extra = second(x).square() if len(x) > 8 else 0.0
         return (first(x).square() + extra).mean()
 
     path, _ = learn(evaluate, params, batch)

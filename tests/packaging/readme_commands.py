@@ -42,12 +42,12 @@ def commands() -> list[str]:
 
 
 def stories() -> list[list[str]]:
-    """Blocks in which one line samples what another has trained; they are run in order, in one folder."""
+    """Blocks in which one line takes up what another has trained; they are run in order, in one folder."""
     return [lines_of(block) for block in blocks("bash") if is_story(block)]
 
 
 def is_story(block: str) -> bool:
-    return "generate run=latest" in block
+    return "generate run=latest" in block or "audit latest" in block
 
 
 def lines_of(block: str) -> list[str]:

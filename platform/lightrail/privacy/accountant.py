@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from lightrail.errors import PluginError
@@ -48,7 +50,19 @@ def library() -> Any:
             allowed="lightrail with the extra privacy",
             remedy="Run `pip install 'lightrail[privacy]'`.",
         ) from error
+    _leave_streams_open()
     return dp_accounting
+
+
+@cache
+def _leave_streams_open() -> None:
+    """The logger of dp-accounting keeps the standard error that it found, and closes it with its own handler."""
+    from absl import logging as absl_logging
+
+    handler = absl_logging.get_absl_handler()
+    logging.root.removeHandler(handler)
+    if handler.python_handler is not None:
+        handler.python_handler.stream = sys.__stderr__
 
 
 def by_kind(events: Sequence[Event]) -> Kinds:

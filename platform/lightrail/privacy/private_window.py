@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PrivateWindow"]
 
+_PROVED_AGAIN = (1, 2, 4, 8)  # steps
+
 
 class PrivateWindow(WindowClosure):
     """The accumulation window of one private step, as a closure that answers once: with the private gradient.
@@ -75,7 +77,7 @@ class PrivateWindow(WindowClosure):
             if not size:
                 self._keep_step_with_others(batch)
                 return
-            if is_one_pass and self._engine.path is None:
+            if is_one_pass and (self._engine.path is None or self._is_due()):
                 self._learn(batch)
             here = self._first_in_one_pass(batch) if is_one_pass else self._first_one_by_one(batch)
             there = None if self._elsewhere is None else self._at_other_point(batch, self._elsewhere)
@@ -84,6 +86,10 @@ class PrivateWindow(WindowClosure):
         if math.isnan(self._engine.difference):
             self._engine.path = None  # no sample was finite, so nothing is proved yet
         self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+
+    def _is_due(self) -> bool:
+        """Whether the proof is made once more: the samples of one step may have been too much alike."""
+        return self._engine.step in _PROVED_AGAIN and self._sums is None and not self._is_sharded
 
     def _run_first(self) -> Tensor:
         self.run_micro_batch()

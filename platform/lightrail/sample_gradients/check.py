@@ -23,6 +23,7 @@ from lightrail.step.batches import leading_size
 __all__ = ["TOLERANCE", "learn", "refuse_unseen"]
 
 TOLERANCE = 1e-3  # relative; what mixes samples is wrong by far more, and rounding by far less
+_COMPARED = 8  # samples: where a few happen to be alike, some that mix would pass
 _TOLERANCE_IN_HALF = 5e-2
 
 
@@ -102,7 +103,7 @@ def _probes(batch: Any) -> list[int]:
         if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size and leaf.is_floating_point():
             finite &= leaf.detach().reshape(size, -1).isfinite().all(1).cpu()
     order = (~finite).to(torch.int8).argsort(stable=True).tolist()[: max(1, int(finite.sum()))]
-    return [order[i % len(order)] for i in range(PROBED[0])]
+    return [order[i % len(order)] for i in range(max(PROBED[0], min(_COMPARED, len(order))))]
 
 
 def _together(
@@ -123,7 +124,7 @@ def _together(
             raise _unseen("activation checkpointing, which evaluates a second time") from error
     pieces = recording.pieces()
     refuse_unseen(params)
-    scale = PROBED[0] if is_mean else 1
+    scale = float(leading_size(batch) or 1) if is_mean else 1.0
     return SampleGradients(params, pieces, scale), recording.owners
 
 
@@ -135,10 +136,11 @@ def _compared(
     numbers: Sequence[Tensor],
 ) -> _Compared:
     """One sample after the other, so that no more than two gradients are held at a time."""
-    shape = (len(params), PROBED[0])
+    count = len(together)
+    shape = (len(params), count)
     apart, apart_as_sum, size = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-    is_finite = torch.ones(PROBED[0], dtype=torch.bool)
-    for i in range(PROBED[0]):
+    is_finite = torch.ones(count, dtype=torch.bool)
+    for i in range(count):
         with torch.enable_grad():
             with _Repeated(numbers, i):
                 loss = evaluate(take(batch, [i]))
@@ -151,7 +153,7 @@ def _compared(
         for place, (mine, other) in enumerate(zip(together.weighted_sum(chosen), alone, strict=True)):
             other = torch.zeros_like(mine) if other is None else other.to(mine.dtype)
             apart[place, i] = (mine - other).square().sum(dtype=torch.float64)
-            apart_as_sum[place, i] = (mine / PROBED[0] - other).square().sum(dtype=torch.float64)
+            apart_as_sum[place, i] = (mine / count - other).square().sum(dtype=torch.float64)
             size[place, i] = other.square().sum(dtype=torch.float64)
     return _Compared(apart, apart_as_sum, size, is_finite)
 
@@ -198,7 +200,8 @@ def _worst(apart: Tensor, size: Tensor) -> float:
 
 def _mixing(found: _Compared, worst: float) -> CompositionError:
     is_sum = _worst(found.apart_as_sum, found.size) <= TOLERANCE
-    told = f"the gradients of {PROBED[0]} samples evaluated together and alone differ by {worst:.2g} of their length"
+    count = found.size.shape[1]
+    told = f"the gradients of {count} samples evaluated together and alone differ by {worst:.2g} of their length"
     if is_sum:
         return CompositionError(
             "the loss is the sum over the samples of a batch, not their mean",
