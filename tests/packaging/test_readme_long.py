@@ -17,7 +17,8 @@ def test_command(tmp_path: Path, command: str) -> None:
 def test_story(tmp_path: Path, index: int) -> None:
     for command in stories()[index]:
         execute(tmp_path, command)
-    assert len(list(tmp_path.glob("runs/*/report.html"))) == len(stories()[index])
+    runs = [line for line in stories()[index] if line.startswith(("train ", "generate "))]
+    assert len(list(tmp_path.glob("runs/*/report.html"))) == len(runs)
 
 
 def test_there_are_stories() -> None:
