@@ -343,8 +343,10 @@ def test_dropout_is_the_same_at_both_points(tmp_path: Path, engine: str) -> None
     run = compose(tmp_path, *own("diff2", f"privacy.engine={engine}", *RUN), task="private_descent.Dropped")
     run.task.seen = seen  # type: ignore[assignment]
     run.execute(show_progress=False)
+    # Micro-batches; whatever has other sizes belongs to the proof that some steps repeat.
+    rows = (21, 22) if engine == "one_pass" else (1,)
     for step in range(1, 6):
-        masks = [(w, mask) for at, w, mask in seen if at == step and (len(mask) == 1) == (engine == "one_by_one")]
+        masks = [(w, mask) for at, w, mask in seen if at == step and len(mask) in rows]
         here = torch.cat([mask for w, mask in masks if torch.equal(w, masks[0][0])])
         there = torch.cat([mask for w, mask in masks if not torch.equal(w, masks[0][0])])
         assert here.shape == there.shape == (64, 8)
