@@ -29,6 +29,8 @@ class Kind:
         supplies_first: Whether the first parameter, whatever its name, is handed over too.
         per_player: Whether ``players.NAME`` under its options overrides them for one player of a game.
         commands: The commands whose configuration has this group.
+        within: The kind that it is a part of: ``federated.partition=NAME`` chooses it as ``partition=NAME`` does.
+        default: What stands there, where it is needed and nothing is chosen.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Kind:
     supplies_first: bool = False
     per_player: bool = False
     commands: tuple[str, ...] = ("train",)
+    within: str | None = None
+    default: str | None = None
 
     @property
     def entry_point_group(self) -> str:
@@ -92,7 +96,38 @@ KINDS: dict[str, Kind] = {
         ),
         Kind("search", "a lightrail.Search: fits a schedule or statistics for later runs", commands=("search",)),
         Kind("privacy", "a wrapper: takes a run, returns a run"),
-        Kind("federated", "a wrapper: takes a run, returns a run"),
+        Kind(
+            "federated",
+            "a lightrail.ServerMethod or DecentralisedMethod: a wrapper that carries a run out in rounds",
+            base="FederatedMethod",
+            supplied=("partition", "compressor", "topology", "server_privacy"),
+        ),
+        Kind(
+            "partition",
+            "a lightrail.Partition: which client has which samples",
+            base="Partition",
+            within="federated",
+            default="iid",
+        ),
+        Kind(
+            "compressor",
+            "a lightrail.Compressor: a vector in fewer bytes",
+            base="Compressor",
+            within="federated",
+        ),
+        Kind(
+            "topology",
+            "a lightrail.Topology: which nodes speak with each other",
+            base="Topology",
+            within="federated",
+            default="ring",
+        ),
+        Kind(
+            "server_privacy",
+            "a lightrail.ServerPrivacy: what hides a client's whole contribution",
+            base="ServerPrivacy",
+            within="federated",
+        ),
         Kind("callback", "a Lightning Callback", many=True, base="Callback"),
         Kind("metric", "a torchmetrics Metric", many=True, base="Metric"),
         Kind(

@@ -81,7 +81,16 @@ def normalise(tokens: Iterable[str], layout: Layout) -> list[str]:
         >>> normalise(["+optimizer=sophia", "optimizer.lr=0.1", "++seed=3", "task._target_=mine.Task"], layout)
         ['optimizer=sophia', '++optimizer.lr=0.1', '++seed=3', '+task=mine.Task']
     """
-    return [str(token) for token in _last_choices([_rewritten(Token.parse(text), layout) for text in tokens], layout)]
+    parsed = [_outside(Token.parse(text)) for text in tokens]
+    return [str(token) for token in _last_choices([_rewritten(token, layout) for token in parsed], layout)]
+
+
+def _outside(token: Token) -> Token:
+    """``federated.partition.alpha`` is ``partition.alpha``: a kind within another has a place of its own."""
+    root, _, rest = token.key.partition(".")
+    part = rest.partition(".")[0]
+    is_within = part in KINDS and KINDS[part].within == root
+    return Token(token.operator, rest, token.value) if is_within else token
 
 
 def _rewritten(token: Token, layout: Layout) -> Token:

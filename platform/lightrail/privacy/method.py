@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from lightrail.errors import ConfigurationError
+from lightrail.inherited_options import signature_with_inherited
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.privacy.events import Event, joined
 from lightrail.privacy.ledger import ADD_OR_REMOVE
@@ -136,7 +134,7 @@ class PrivacyMethod:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.__signature__ = _with_common_options(cls)  # type: ignore[attr-defined]
+        cls.__signature__ = signature_with_inherited(cls)  # type: ignore[attr-defined]
 
     # What a method says of itself.
 
@@ -244,22 +242,3 @@ def _check_target(epsilon: float | None, noise: float | None) -> None:
         positive(epsilon=epsilon)
     if noise is not None:
         non_negative(noise=noise)
-
-
-def _with_common_options(cls: type) -> inspect.Signature:
-    """The signature of a method's constructor, with the common options in the place of ``**common``."""
-    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    kept = [each for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    with contextlib.suppress(NameError):  # an annotation that only a type checker knows stays as it is written
-        written = typing.get_type_hints(cls.__init__)
-        kept = [each.replace(annotation=written.get(each.name, each.annotation)) for each in kept]
-    if all(each.kind is not each.VAR_KEYWORD for each in own):
-        return inspect.Signature(own)
-    hints = typing.get_type_hints(PrivacyMethod.__init__)
-    named = {each.name for each in kept}
-    common = [
-        each.replace(annotation=hints[each.name])
-        for each in list(inspect.signature(PrivacyMethod.__init__).parameters.values())[1:]
-        if each.name not in named
-    ]
-    return inspect.Signature([*kept, *common])

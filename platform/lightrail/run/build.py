@@ -16,8 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrail.catalogue import load
 from lightrail.configuration import Chosen, Composition, check_trainer_options
 from lightrail.errors import CompositionError, ConfigurationError, UserError
+from lightrail.kinds import KINDS
 from lightrail.run.resolve import Resolved, resolve
 from lightrail.run.resume import Resumed
 from lightrail.run.run import Run
@@ -85,8 +87,19 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
     for kind in ("privacy", "federated"):
         wrapper = resolved.one(kind)
         if wrapper is not None:
-            run = make(resolved, wrapper).wrap(run)
+            run = make(resolved, wrapper, _parts(resolved, kind)).wrap(run)
     return run
+
+
+def _parts(resolved: Resolved, kind: str) -> dict[str, Any]:
+    """The plugins that are chosen within another."""
+    parts = {}
+    for each in KINDS.values():
+        if each.within == kind:
+            made = _make_one(resolved, each.name)
+            is_needed = made is None and each.default is not None
+            parts[each.name] = load(each.name, each.default)() if is_needed else made
+    return parts
 
 
 def _check_game(config: Any) -> None:
@@ -318,7 +331,8 @@ def _optimizer_factory(resolved: Resolved, chosen: Chosen, game: Game | None) ->
         return optimizer
 
     if game is not None:
-        return lambda task: game.optimizer(partial(make, task), players)
+        # Of the task at hand: a federated run trains copies.
+        return lambda task: Game(task).optimizer(partial(make, task), players)
     return lambda task: make(task, parameters_of(task), {})
 
 

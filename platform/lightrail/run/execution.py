@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,17 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
-from torch.optim import Optimizer
 
 from lightrail.configuration import fingerprint
 from lightrail.errors import CompositionError, Interrupted, UserError
 from lightrail.run.added_metrics import AddedMetrics
+from lightrail.run.assembly import attach_optimizer, attach_step
 from lightrail.run.checkpoint import AtomicCheckpointIO, load_checkpoint
-from lightrail.run.clock import Clock
 from lightrail.run.folder import FOLDER_VARIABLE, RunFolder, folder_from_environment
 from lightrail.run.interruption import Interruption, StoppedAtOnce
 from lightrail.run.lock import check_lock, lock_of
-from lightrail.run.loops import FitLoop, install_loops
 from lightrail.run.observation import Observation, checkpoint_path
-from lightrail.run.own_optimizer import wrap_own_optimizer
 from lightrail.run.run import Result, Run
-from lightrail.run.windows import Windows
-from lightrail.step.batching import Batching
-from lightrail.step.transform import TransformedOptimizer
-from lightrail.step.update_size import scales_with_gradient
-from lightrail.step.window import WindowClosure
 
 __all__ = ["execute"]
 
@@ -72,8 +63,8 @@ def _execute_in(
         shows_progress=show_progress,
     )
     with _quiet_lightning():
-        trainer, windows = _make_trainer(run, folder, observation)
-        _attach_optimizer(run, trainer, windows, observation, notes)
+        trainer = _make_trainer(run, folder, observation)
+        attach_optimizer(run, trainer, observation.speakers, _noting(trainer, notes))
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(run.composition.config, resolve=True))  # type: ignore[arg-type]
         record = _Record(run, trainer, observation, began, notes)
@@ -128,9 +119,8 @@ def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
     return folder
 
 
-def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> tuple[Trainer, Windows | None]:
+def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trainer:
     arguments = {_RENAMED.get(key, key): value for key, value in run.trainer.items() if key not in _OWN}
-    skips = run.composition.config.run.on_nan == "skip"
     callbacks: list[Callback] = [observation]
     if run.metrics:
         callbacks.insert(0, AddedMetrics(run.metrics))
@@ -148,111 +138,22 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> tupl
         )
     # One owner of the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    max_samples = run.trainer.get("max_samples")
-    windows, make_window = _windows(run, max_samples)
-    loop = install_loops(
-        trainer,
-        window=_needs_window(run, trainer),
-        skips_non_finite=skips,
-        game=run.game,
-        windows=windows,
-        max_samples=max_samples,
-        make_window=make_window,
-    )
-    if run.privacy is not None:
-        run.privacy.attach(trainer)
+    loop = attach_step(run, trainer)
     observation.attach(trainer, loop, run.privacy)
     if trainer.world_size > 1:
         observation.on_setup = lambda: _agree(run, trainer, observation)
-    return trainer, windows
+    return trainer
 
 
-def _windows(run: Run, max_samples: int | None) -> tuple[Windows | None, Callable[..., WindowClosure] | None]:
-    """Who cuts the data, and what a window of the step is, where either is more than the plain one."""
-    if run.privacy is None:
-        return None if run.batching is None else Windows(run.batching, max_samples), None
-    from lightrail.privacy.private_window import PrivateWindow
-    from lightrail.privacy.sampling import PrivateWindows
-
-    return PrivateWindows(run.privacy, max_samples), partial(PrivateWindow, engine=run.privacy)
-
-
-def _needs_window(run: Run, trainer: Trainer) -> bool:
-    """Whether the step needs more than Lightning's automatic path, which plain methods keep untouched."""
-    if run.privacy is not None:
-        return True
-    if run.optimizer is None or trainer.precision == "16-mixed":
-        return False
-    asks = any(traits.evaluates_again or traits.watches_gradient for traits in run.method_traits)
-    has_own_step = bool(run.transforms) or run.game is not None or run.batching is not None
-    return asks or has_own_step or run.composition.config.run.on_nan == "skip"
-
-
-def _attach_optimizer(
-    run: Run, trainer: Trainer, windows: Windows | None, observation: Observation, notes: list[str]
-) -> None:
-    """Takes over ``configure_optimizers``, on any LightningModule."""
-    make_optimizer = run.optimizer
-    if make_optimizer is None:
-        if run.privacy is not None:
-            wrap_own_optimizer(run.task, trainer)
-        return
-    wraps = _needs_window(run, trainer) or bool(run.transforms)
-    speakers = observation.speakers = {_name_of(run, each): each for each in run.callbacks}
-
-    def configure_optimizers() -> Any:
-        optimizer = make_optimizer(run.task)
-        speakers[_name_of(run, "optimizer")] = optimizer
-        if run.privacy is not None:
-            speakers[_name_of(run, "privacy")] = run.privacy
-        if wraps:
-            optimizer = TransformedOptimizer(optimizer, run.transforms)
-        for each in (*run.transforms, *([run.batching] if run.batching else [])):
-            speakers[_name_of(run, each)] = each
-        if run.schedule is None and windows is None:
-            return optimizer
-        clock = _clock(run, trainer, optimizer, windows, notes)
-        speakers[_name_of(run, "schedule")] = clock
-        if wraps:
-            watchers = (clock.scheduler, run.batching)
-            optimizer.observers += [each.observe for each in watchers if _watches(each)]  # type: ignore[union-attr]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": clock, "interval": "step"}}
-
-    run.task.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-
-
-def _clock(run: Run, trainer: Trainer, optimizer: Optimizer, windows: Windows | None, notes: list[str]) -> Clock:
-    loop = trainer.fit_loop
-    assert isinstance(loop, FitLoop)
-    horizon = loop.horizon(scales_with_gradient(optimizer) if windows is not None else False)
-    if horizon is None:
-        raise CompositionError(
-            "the schedule has no horizon",
-            found=f"trainer.max_epochs={trainer.max_epochs} trainer.max_steps={trainer.max_steps}",
-            allowed="a number of steps, samples or epochs",
-            remedy="Set trainer.max_steps, trainer.max_samples or trainer.max_epochs, or use schedule=null.",
-        )
-    make_schedule = run.schedule
-    known = {"folder": trainer.default_root_dir, "batch_size": horizon.batch_size}
-    make = None if make_schedule is None else partial(make_schedule, optimizer, **known)
+def _noting(trainer: Trainer, notes: list[str]) -> Callable[[str], None]:
+    """Decisions that fall while the run is put together stand in its notes, and are said at once."""
 
     def note(text: str) -> None:
         notes.append(text)
         if trainer.is_global_zero:
             print(f"note: {text}", file=sys.stderr)
 
-    return Clock(make, optimizer, horizon, windows, note)
-
-
-def _watches(method: Any) -> bool:
-    return callable(getattr(method, "observe", None)) and type(method).observe is not Batching.observe
-
-
-def _name_of(run: Run, plugin: Any) -> str:
-    """Under which name a plugin logs; of a kind of which there is one, whatever was chosen."""
-    if isinstance(plugin, str):
-        return next((each.name for each in run.composition.chosen if each.kind == plugin), plugin).rpartition(".")[2]
-    return run.names.get(type(plugin)) or type(plugin).__name__.lower()
+    return note
 
 
 def _fit(run: Run, trainer: Trainer, observation: Observation) -> None:

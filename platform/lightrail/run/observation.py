@@ -132,7 +132,7 @@ class Observation(Callback):
         self._progress = Progress(
             total=self._total(trainer),
             first=self.steps if self._windows is None else self._windows.samples,
-            unit="steps" if self._windows is None else "samples",
+            unit=getattr(pl_module, "step_unit", "steps") if self._windows is None else "samples",
             epochs=trainer.max_epochs if trainer.max_epochs and trainer.max_steps == -1 else None,
             enabled=self._shows_progress and trainer.is_global_zero,
         )

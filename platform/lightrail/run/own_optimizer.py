@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,17 +10,18 @@ from torch.optim import Optimizer
 
 from lightrail.errors import CompositionError
 from lightrail.run.loops import FitLoop
-from lightrail.step.transform import TransformedOptimizer
+from lightrail.step.transform import Transform, TransformedOptimizer
 
 __all__ = ["wrap_own_optimizer"]
 
 
-def wrap_own_optimizer(task: LightningModule, trainer: Trainer) -> None:
+def wrap_own_optimizer(task: LightningModule, trainer: Trainer, transforms: Sequence[Transform] = ()) -> None:
     """Puts the one optimizer that a task configures for itself behind the step's closure.
 
     Args:
         task: A task with a ``configure_optimizers`` of its own.
         trainer: That is to fit it.
+        transforms: What acts between its gradient and its update.
     """
     own = task.configure_optimizers
 
@@ -27,26 +29,26 @@ def wrap_own_optimizer(task: LightningModule, trainer: Trainer) -> None:
         loop = trainer.fit_loop
         assert isinstance(loop, FitLoop)
         loop.horizon(False)
-        return _wrapped(own())
+        return _wrapped(own(), transforms)
 
     task.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
 
 
-def _wrapped(configured: Any) -> Any:
+def _wrapped(configured: Any, transforms: Sequence[Transform]) -> Any:
     """In whichever of Lightning's forms it was returned."""
     if isinstance(configured, Optimizer):
-        return TransformedOptimizer(configured)
+        return TransformedOptimizer(configured, transforms)
     if isinstance(configured, dict) and isinstance(configured.get("optimizer"), Optimizer):
-        wrapped = TransformedOptimizer(configured["optimizer"])
+        wrapped = TransformedOptimizer(configured["optimizer"], transforms)
         found = {**configured, "optimizer": wrapped}
         if "lr_scheduler" in configured:
             found["lr_scheduler"] = _reattached(configured["lr_scheduler"], wrapped)
         return found
     if isinstance(configured, tuple | list) and len(configured) == 1:
-        return _wrapped(configured[0])
+        return _wrapped(configured[0], transforms)
     is_pair = isinstance(configured, tuple | list) and len(configured) == 2 and isinstance(configured[0], list | tuple)
     if is_pair and len(configured[0]) == 1:
-        wrapped = TransformedOptimizer(configured[0][0])
+        wrapped = TransformedOptimizer(configured[0][0], transforms)
         return [wrapped], [_reattached(each, wrapped) for each in configured[1]]
     raise CompositionError(
         "the task configures several optimizers, or none",

@@ -1,0 +1,272 @@
+"""What a process of clients holds: the run, its data divided, and the one model that all clients take turns with."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from lightrail.errors import CompositionError, DataError
+from lightrail.federated.client import Client
+from lightrail.federated.local_model import LocalModel
+from lightrail.federated.method import FederatedMethod, ServerMethod
+from lightrail.federated.partition import Samples
+from lightrail.federated.randomness import generator_for, seed_for, seeded
+from lightrail.federated.transport import Order, Reply
+from lightrail.federated.visit import Visit
+from lightrail.federated.wire import Wire, packed, unpacked
+from lightrail.run.run import Run
+from lightrail.run.windows import describe_loader
+
+__all__ = ["ClientData", "ClientSide"]
+
+
+class ClientData:
+    """The training data, divided.
+
+    Args:
+        loader: The run's own training loader.
+        method: Says how the data is divided.
+        seed: Of the run.
+        rebuild: Makes the training dataset with other options of the data plugin.
+
+    Raises:
+        CompositionError: The data cannot be divided so.
+    """
+
+    def __init__(self, loader: Any, method: FederatedMethod, seed: int, rebuild: Any = None) -> None:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not loader.batch_size:
+            raise CompositionError(
+                "the training data cannot be divided among clients, since its samples cannot be chosen one by one",
+                found=describe_loader(loader),
+                allowed="a torch DataLoader over a map-style dataset, with batch_size",
+                remedy="Return such a DataLoader from train_dataloader, or use federated.partition=sources.",
+            )
+        self._loader = loader
+        self._method, self._seed = method, seed
+        self.samples = Samples(loader.dataset, rebuild)
+
+    @cached_property
+    def datasets(self) -> list[Dataset[Any]]:
+        """The samples of each client."""
+        partition, clients = self._method.partition, self._method.clients
+        assert partition is not None
+        found = partition.datasets(self.samples, clients, generator_for(self._seed, "partition"))
+        datasets = [Subset(self.samples.dataset, each.tolist()) for each in self.indices] if found is None else found
+        for number, each in enumerate(datasets):
+            if len(each) == 0:  # type: ignore[arg-type]
+                raise _empty(number)
+        return list(datasets)
+
+    @cached_property
+    def indices(self) -> list[Tensor]:
+        """Which samples each client has."""
+        count, clients = len(self.samples), self._method.clients
+        if count < clients:
+            raise CompositionError(
+                "there are more clients than samples",
+                found=f"{clients} clients, {count} samples",
+                allowed=f"at most {count} clients",
+                remedy="Set federated.clients (or federated.nodes) to fewer.",
+            )
+        assert self._method.partition is not None
+        indices = self._method.partition.divide(self.samples, clients, generator_for(self._seed, "partition"))
+        joined = torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+        if len(indices) != clients or len(joined.unique()) != len(joined):
+            raise DataError(
+                "the partition gives a sample to two clients, or has another number of clients",
+                found=f"{len(indices)} clients, {len(joined) - len(joined.unique())} samples given twice",
+                allowed=f"{clients} disjoint parts",
+                remedy="Choose another partition, or mend its divide().",
+            )
+        empty = next((number for number, each in enumerate(indices) if len(each) == 0), None)
+        if empty is not None:
+            raise _empty(empty)
+        return indices
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many samples each client has."""
+        return [len(each) for each in self.datasets]  # type: ignore[arg-type]
+
+    def loader(self, client: int, *, shuffled: bool) -> DataLoader[Any]:
+        """The samples of one client, as the run's own loader would give them.
+
+        Args:
+            client: Its number.
+            shuffled: As the run's training does, or all of them in order.
+        """
+        own = self._loader
+        has_order = shuffled and not isinstance(own.sampler, SequentialSampler)
+        dataset = self.datasets[client]
+        return DataLoader(
+            dataset,
+            batch_size=own.batch_size,
+            sampler=RandomSampler(dataset) if has_order else None,  # type: ignore[arg-type]
+            collate_fn=own.collate_fn,
+            # A client with less than a batch would have nothing.
+            drop_last=shuffled and own.drop_last and len(dataset) >= (own.batch_size or 1),  # type: ignore[arg-type]
+            pin_memory=own.pin_memory,
+        )
+
+    def batch(self, client: int, index: int) -> Any:
+        """One of a client's batches without end; each pass over its samples has an order of its own.
+
+        Args:
+            client: Its number.
+            index: From 0.
+        """
+        own, dataset = self._loader, self.datasets[client]
+        size, count = int(own.batch_size or 1), len(dataset)  # type: ignore[arg-type]
+        passed, place = divmod(index, max(1, count // size))
+        order = torch.arange(count)
+        if not isinstance(own.sampler, SequentialSampler):
+            order = torch.randperm(count, generator=generator_for(self._seed, "pass", client, passed))
+        # Every batch of a node is whole; what is left of a pass has its chance in the next.
+        chosen = order[place * size : (place + 1) * size].tolist()
+        fetch: Any = getattr(dataset, "__getitems__", None)
+        return own.collate_fn(fetch(chosen) if callable(fetch) else [dataset[i] for i in chosen])
+
+
+def _empty(number: int) -> CompositionError:
+    return CompositionError(
+        f"client {number} has no samples",
+        found="an empty part",
+        allowed="at least one sample a client",
+        remedy="Ask for fewer clients, or a less uneven partition (a greater federated.partition.alpha).",
+    )
+
+
+class ClientSide:
+    """Does the work of clients, one order at a time.
+
+    Args:
+        run: As it was composed, before it became federated; its task is trained here and nowhere else.
+        method: What clients do.
+        train_dataloader: Gives the training loader of data that someone else prepares; ``None`` where it is prepared
+            here.
+    """
+
+    def __init__(
+        self, run: Run, method: FederatedMethod, train_dataloader: Callable[[], Any] | None = None
+    ) -> None:
+        self.method = method
+        self.run = run
+        self._train_dataloader = train_dataloader
+        self.seed = int(run.composition.config.seed or 0)
+        self.model = LocalModel(run.task)
+        self._first_buffers = self.model.buffers()
+        if self.model.game is not None:
+            self.model.game.attach(run.task)
+            self.run = dataclasses.replace(run, game=self.model.game)
+
+    @cached_property
+    def data(self) -> ClientData:
+        """The training data, divided; prepared when it is first asked for."""
+        run = self.run
+        make = self._train_dataloader
+        if make is None:
+            source: Any = run.data if run.data is not None else run.task
+            source.prepare_data()
+            source.setup("fit")
+            make = source.train_dataloader
+        with seeded(seed_for(self.seed, "data")):
+            loader = make()
+        return ClientData(loader, self.method, self.seed, self._rebuilt if run.data is not None else None)
+
+    def _rebuilt(self, **changes: Any) -> Dataset[Any]:
+        """The training dataset of the run's data plugin with some options changed."""
+        from lightrail.run.build import make
+        from lightrail.run.resolve import resolve
+
+        resolved = resolve(self.run.composition)
+        chosen = resolved.one("data")
+        assert chosen is not None
+        data = make(resolved, dataclasses.replace(chosen, options={**chosen.options, **changes}))
+        data.prepare_data()
+        data.setup("fit")
+        return data.train_dataloader().dataset
+
+    def client(self, number: int, round_index: int) -> Client:
+        """One client in one round.
+
+        Args:
+            number: Of the client.
+            round_index: From 0.
+        """
+        return Client(
+            number,
+            round_index,
+            self.data.sizes[number],
+            self.model,
+            lambda steps, loader: self._visit(number, round_index, steps, loader),
+            lambda shuffled: self.data.loader(number, shuffled=shuffled),
+            generator_for(self.seed, "method", round_index, number),
+            self.method.compressor,
+        )
+
+    def _visit(self, number: int, round_index: int, steps: int | None, loader: DataLoader[Any] | None) -> Visit:
+        method = self.method
+        epochs = method.local_epochs if isinstance(method, ServerMethod) else 1
+        own = method.local_steps if isinstance(method, ServerMethod) else 1
+        return Visit(
+            self.run,
+            self.data.loader(number, shuffled=True) if loader is None else loader,
+            epochs=epochs,
+            steps=own if steps is None else steps,
+            place=(round_index, method.rounds),
+        )
+
+    def work(self, order: Order, state: Wire) -> tuple[Reply, Wire]:
+        """What a client answers to an order.
+
+        Args:
+            order: What it is asked.
+            state: What this call returned when the client last took part; empty at first.
+
+        Returns:
+            Its answer, and its state.
+        """
+        method = self.method
+        assert isinstance(method, ServerMethod)
+        began = time.monotonic()
+        message = unpacked(order.message, method.compressor, self.model.layout.size, self.model.dtype)
+        with seeded(seed_for(self.seed, "client", order.round, order.client)):
+            client = self.client(order.client, order.round)
+            self._receive(message, state)
+            payload, state = method.client(client, message, dict(state))
+            payload, state = self._with_buffers(dict(payload), dict(state))
+        seconds = time.monotonic() - began
+        return Reply(order.client, packed(payload), client.samples, dict(client.metrics), seconds), state
+
+    def _receive(self, message: dict[str, Tensor], state: Wire) -> None:
+        """The model as the server sent it; statistics of layers are the client's own where the method keeps them."""
+        if "weights" in message:
+            self.model.load(message["weights"])
+        assert isinstance(self.method, ServerMethod)
+        self.model.load_buffers({**self._first_buffers, **(state if self.method.keeps_buffers else message)})
+
+    def _with_buffers(self, payload: dict[str, Any], state: Wire) -> tuple[dict[str, Any], Wire]:
+        assert isinstance(self.method, ServerMethod)
+        found = self.model.buffers()
+        if self.method.keeps_buffers:
+            return payload, {**state, **found}
+        return {**payload, **found}, state
+
+
+def local_run(run: Run) -> Run:
+    """A copy of a run for its clients: a task of their own, with the run's transforms around it.
+
+    Args:
+        run: As it was composed.
+    """
+    # Together, so that what a transform holds of the task is of the copy.
+    task, transforms = copy.deepcopy((run.task, list(run.transforms)))
+    return dataclasses.replace(run, task=task, transforms=transforms, callbacks=(), loggers=())

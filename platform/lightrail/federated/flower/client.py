@@ -1,0 +1,250 @@
+"""A client that answers messages: it builds its side itself, checks that it is the server's, works, keeps its state."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from lightrail import __version__
+from lightrail.errors import CheckpointError, CompositionError, ConfigurationError, UserError, closest
+from lightrail.federated.flower.records import Parcel, whole
+from lightrail.federated.flower.states import StateFolder
+from lightrail.federated.partition import Partition, Samples
+from lightrail.federated.transport import Order, Reply, Worker
+
+__all__ = ["Client", "Factory", "Undivided", "Workshop", "check_own", "merged", "version_differences"]
+
+Factory = Callable[[Sequence[str]], tuple[Worker, Mapping[str, Any]]]
+"""Makes a worker from overrides, and says what it is made of: its lock, empty where nobody asks."""
+
+_DEVICE = ("trainer.accelerator=", "trainer.devices=", "trainer.precision=")
+
+
+class Workshop:
+    """Makes the worker for a server's run, if what is installed here fits it; clients of one process share it.
+
+    Args:
+        own: Overrides that win over the server's: the client's data, its device.
+        make: Makes the worker; from the catalogue by default.
+        allow_targets: Whether the server may name classes by their path. With this, who controls the server decides
+            what code runs here.
+
+    Raises:
+        ConfigurationError: An override of something that a client may not decide alone.
+    """
+
+    def __init__(self, own: Sequence[str] = (), make: Factory | None = None, *, allow_targets: bool = False) -> None:
+        check_own(own)
+        self._own = list(own)
+        self._make = make or (lambda overrides: _from_catalogue(overrides, any(map(_is_data, own))))
+        self._allow_targets = allow_targets
+        self._worker: Worker | None = None
+        self._built_from: str | None = None
+
+    def worker_for(self, words: Mapping[str, str]) -> Worker:
+        """The worker for a run; made once.
+
+        Args:
+            words: The run's ``overrides`` and ``lock``.
+
+        Raises:
+            UserError: It cannot be made here, or is made of something else than the server.
+        """
+        source = words["overrides"] + words["lock"]
+        if self._worker is None or self._built_from != source:
+            lock = json.loads(words["lock"])
+            overrides = [str(each) for each in json.loads(words["overrides"])]
+            _check_versions(lock)
+            if not self._allow_targets:
+                _check_targets(overrides)
+            worker, own_lock = self._make(merged(overrides, self._own))
+            if own_lock and lock:
+                _check_plugins(lock, own_lock)
+            self._worker, self._built_from = worker, source
+        return self._worker
+
+
+class Client:
+    """One client: what it is asked, it answers.
+
+    Args:
+        number: Which one, from 0.
+        folder: Where it keeps its states.
+        workshop: Makes its worker.
+    """
+
+    def __init__(self, number: int, folder: Path, workshop: Workshop) -> None:
+        self.number = number
+        self.folder = folder
+        self._workshop = workshop
+
+    def answer(self, kind: str, parcel: Parcel) -> Parcel:
+        """The answer to a message; nothing that the message holds makes it raise.
+
+        Args:
+            kind: ``query`` for who it is and whether it fits the run, ``train`` for a round.
+            parcel: What the server sent.
+        """
+        try:
+            worker = self._workshop.worker_for(parcel.words)
+        except UserError as error:
+            print(f"client {self.number} does not take part: {error}", file=sys.stderr, flush=True)
+            return self._answer(words={"refused": error.what, "found": error.found, "allowed": error.allowed})
+        except Exception as error:
+            return self._failed(error)
+        if kind != "train":
+            return self._answer()
+        try:
+            return self._work(worker, parcel)
+        except Exception as error:
+            return self._failed(error)
+
+    def _work(self, worker: Worker, parcel: Parcel) -> Parcel:
+        round_, after = whole(parcel.figures, "round"), int(parcel.figures.get("after", -1))
+        states = StateFolder(self.folder, parcel.words["run"])
+        try:
+            state = states.load(after) if after >= 0 else {}
+        except LookupError as error:
+            raise CheckpointError(
+                f"client {self.number} no longer has its state after round {after}",
+                found=str(error),
+                allowed="the folder that the client had then",
+                remedy="Start it with the same --folder, or start the run anew.",
+            ) from error
+        states.forget_after(after)
+        reply, state = worker.work(Order(self.number, round_, parcel.wire), state)
+        if state:
+            states.save(round_, state)
+        return self._answer(reply, kept=float(bool(state)))
+
+    def _answer(self, reply: Reply | None = None, kept: float = 0.0, words: Mapping[str, str] | None = None) -> Parcel:
+        figures: dict[str, float] = {"client": self.number}
+        if reply is None:
+            return Parcel(figures=figures, words=words or {})
+        figures |= {"samples": int(reply.samples), "seconds": float(reply.seconds), "kept": kept}
+        return Parcel(reply.message, figures, reply.metrics, words or {})
+
+    def _failed(self, error: Exception) -> Parcel:
+        traceback.print_exception(error, file=sys.stderr)
+        said = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return self._answer(words={"failed": said})
+
+
+class Undivided(Partition):
+    """Every client has all samples: those that it alone has."""
+
+    def datasets(self, samples: Samples, clients: int, generator: torch.Generator) -> list[Dataset[Any]]:
+        return [samples.dataset] * clients
+
+
+def merged(overrides: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A server's overrides with a client's own, which win; where a run goes and what it continues is the server's.
+
+    Example:
+        >>> merged(["data=csv", "data.path=all.csv", "run.root=runs", "seed=1"], ["data.path=mine.csv"])
+        ['data=csv', 'seed=1', 'data.path=mine.csv']
+    """
+    keys = {_key(each) for each in own}
+    return [each for each in overrides if _key(each) not in keys and not _key(each).startswith("run.")] + list(own)
+
+
+def _is_data(override: str) -> bool:
+    return override.lstrip("+").startswith(("data.", "data="))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def check_own(own: Sequence[str]) -> None:
+    """Refuses what a client may not decide alone.
+
+    Raises:
+        ConfigurationError: An override of something else than its data and its device.
+    """
+    for each in own:
+        if not (_is_data(each) or each.lstrip("+").startswith(_DEVICE)):
+            raise ConfigurationError(
+                f"a client cannot set {_key(each)} alone",
+                found=each,
+                allowed="data=NAME, data.…, trainer.accelerator=…, trainer.devices=…, trainer.precision=…",
+                remedy=f"{closest(_key(each), ['data', 'trainer.accelerator'])}Set it at the server.",
+            )
+
+
+def version_differences(lock: Mapping[str, Any]) -> list[str]:
+    """Where what is installed here differs from what a run is made of, one sentence each.
+
+    Args:
+        lock: Of the run: its ``core`` and its ``plugins``.
+
+    Example:
+        >>> version_differences({"core": "0.0.0", "plugins": []})  # doctest: +ELLIPSIS
+        ['lightrail is 0.0.0 at the server and ... here']
+    """
+    found = []
+    if lock.get("core", __version__) != __version__:
+        found.append(f"lightrail is {lock['core']} at the server and {__version__} here")
+    for plugin in lock.get("plugins", ()):
+        if plugin["distribution"] is None:
+            continue
+        try:
+            here = version(plugin["distribution"])
+        except PackageNotFoundError:
+            here = "not installed"
+        if here != plugin["version"]:
+            name = f"{plugin['kind']} '{plugin['name']}' ({plugin['distribution']})"
+            found.append(f"{name} is {plugin['version']} at the server and {here} here")
+    return found
+
+
+def _check_versions(lock: Mapping[str, Any]) -> None:
+    if found := version_differences(lock):
+        raise CompositionError(
+            found[0],
+            found="; ".join(found),
+            allowed="the versions that the server has",
+            remedy="Install the same versions at both ends.",
+        )
+
+
+def _check_targets(overrides: Sequence[str]) -> None:
+    if named := [each for each in overrides if "_target_" in each]:
+        raise CompositionError(
+            "the server names a class by its path",
+            found=", ".join(named),
+            allowed="plugins that are installed here, by their names",
+            remedy="Start the client with --allow-targets if you trust who controls the server with running code here.",
+        )
+
+
+def _check_plugins(lock: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    from lightrail.run.lock import check_lock
+
+    try:
+        check_lock(lock, own, accept_changes=False)
+    except CheckpointError as error:
+        raise CompositionError(
+            "this client is made of other plugins than the server",
+            found=error.found,
+            allowed=error.allowed,
+            remedy="Install the same plugins in the same versions at both ends.",
+        ) from error
+
+
+def _from_catalogue(overrides: Sequence[str], has_own_data: bool) -> tuple[Worker, Mapping[str, Any]]:
+    from lightrail.federated.client_side import client_side
+    from lightrail.run.lock import lock_of
+
+    side = client_side(overrides)
+    if has_own_data:
+        side.method.partition = Undivided()
+    return side, lock_of(side.run.composition)

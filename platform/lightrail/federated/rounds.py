@@ -1,0 +1,254 @@
+"""A federated run carried out by the run's own trainer: its step is a round."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightrail.errors import CompositionError
+from lightrail.federated.answers import Answer, Answers
+from lightrail.federated.local_model import LocalModel
+from lightrail.federated.method import FederatedMethod, Heard, ServerMethod, State
+from lightrail.federated.randomness import generator_for
+from lightrail.federated.record import FederatedRecord
+from lightrail.federated.secure_mean import secure_mean
+from lightrail.federated.server_privacy import ClientHorizon
+from lightrail.federated.transport import Failure, Order, Transport
+from lightrail.federated.wire import nbytes, packed
+from lightrail.files import replacing
+
+__all__ = ["Rounds", "ServerRounds"]
+
+
+class Rounds(Callback):
+    """Carries a method through a run; what is validated, saved and tested is the run's own task.
+
+    Args:
+        method: The method.
+        task: The run's task.
+        seed: Of the run.
+    """
+
+    def __init__(self, method: FederatedMethod, task: LightningModule, seed: int) -> None:
+        self.method, self.seed = method, seed
+        self.done = 0
+        self.lr = 0.0  # that clients had last
+        self.record = FederatedRecord()
+        self._model = LocalModel(task)
+        self.state: State | None = None  # of the method
+        self._figures: dict[str, float] = {}
+
+    @property
+    def state_key(self) -> str:
+        return "federated"
+
+    def begin(self) -> None:
+        """Called once, before the first round."""
+        raise NotImplementedError
+
+    def carry_out(self) -> dict[str, float]:
+        """One round, from the state of the last.
+
+        Returns:
+            Figures of the round: the mean ``loss`` over clients, and others.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called once, at the end or after an error."""
+
+    def step(self) -> dict[str, Tensor]:
+        """One round, as the step of a trainer."""
+        if self.state is None:
+            self.begin()
+        figures = self.carry_out()
+        self.done += 1
+        self.lr = figures.pop("lr", self.lr)
+        kept = ("loss", "accuracy")
+        self._figures = {name: value for name, value in figures.items() if name not in kept}
+        return {name: torch.tensor(value) for name, value in figures.items() if name in kept}
+
+    def logged(self) -> dict[str, float]:
+        """Figures of the last round."""
+        return {**self._figures, **self.method.logged()}
+
+    # Hooks of the trainer.
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.write(Path(trainer.default_root_dir))
+
+    def write(self, folder: Path) -> None:
+        """Writes what the report shows of the rounds."""
+        self.record.write(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "lr": self.lr, "state": self.state, "record": self.record.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done, self.lr, self.state = state_dict["done"], state_dict["lr"], state_dict["state"]
+        self.record.load_state_dict(state_dict["record"])
+
+
+class ServerRounds(Rounds):
+    """A server and its clients.
+
+    Args:
+        method: What they do.
+        task: The server's.
+        seed: Of the run.
+        transport: Carries messages.
+    """
+
+    method: ServerMethod
+
+    def __init__(self, method: ServerMethod, task: LightningModule, seed: int, transport: Transport) -> None:
+        super().__init__(method, task, seed)
+        self._transport = transport
+        self._is_open = False
+        self._answers = Answers(
+            method.compressor, self._model.layout.size, self._model.dtype, method.largest_update
+        )
+
+    def begin(self) -> None:
+        self._open()
+        self.state = self.method.start(self._model.weights().cpu())
+        if self.method.server_privacy is not None:
+            self.method.server_privacy.begin(self._horizon())
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self._transport.open(self.method.clients)
+            self._is_open = True
+
+    def _horizon(self) -> ClientHorizon:
+        method = self.method
+        expected = method.fraction * method.clients
+        is_poisson = method.sampling == "poisson"
+        return ClientHorizon(
+            method.clients, expected if is_poisson else method.per_round, is_poisson, method.rounds, self.seed
+        )
+
+    def carry_out(self) -> dict[str, float]:
+        self._open()
+        assert self.state is not None
+        method, round_index = self.method, self.done
+        chosen = method.chosen(round_index, generator_for(self.seed, "chosen", round_index))
+        message = {**method.message(self.state, round_index)}
+        wire = packed({**({} if method.keeps_buffers else self._model.buffers()), **message})
+        replies = self._transport.exchange([Order(client, round_index, wire) for client in chosen])
+        answers, failures = self._answers.accepted(replies)
+        self._tell(round_index, failures, len(chosen))
+        mean = self._mean(answers)
+        heard = Heard(
+            round_index,
+            method.clients,
+            tuple(each.client for each in answers),
+            tuple(each.samples for each in answers),
+            generator_for(self.seed, "server", round_index),
+        )
+        buffers = {name: mean.pop(name) for name in ("buffers", "counts") if name in mean}
+        self.state = method.server(self.state, mean, heard)
+        self._model.load(self.state["weights"])
+        self._model.load_buffers(buffers)
+        up = {each.client: nbytes(each.message) for each in replies if not isinstance(each, Failure)}
+        self.record.add(round_index, answers, failures, sent=nbytes(wire) * len(chosen), received=up)
+        return self._figures_of(answers, failures)
+
+    def _mean(self, answers: Sequence[Answer]) -> State:
+        """The mean of the answers, as the server may see it."""
+        method = self.method
+        privacy = method.server_privacy
+        vectors = [each.vectors for each in answers]
+        if privacy is not None:
+            assert self.state is not None
+            like = self.state["weights"]
+            return {"update": privacy.mean([v["update"] for v in vectors]) if vectors else privacy.nothing(like)}
+        if not answers:
+            return {}
+        samples = [each.samples for each in answers]
+        if method.secure_aggregation:
+            weights = [n / max(samples) for n in samples] if method.weighting == "samples" else [1.0] * len(samples)
+            return {name: secure_mean([v[name] for v in vectors], weights, method.secure_range) for name in vectors[0]}
+        return method.averaged(vectors, samples)
+
+    def _tell(self, round_index: int, failures: Sequence[Failure], asked: int) -> None:
+        for each in failures:
+            print(f"round {round_index}: client {each.client} is left out: {each.reason}", file=sys.stderr)
+        if failures and len(failures) == asked:
+            raise self._nobody(failures)
+
+    def _nobody(self, failures: Sequence[Failure]) -> BaseException:
+        first = failures[0]
+        if first.error is not None:
+            return first.error
+        return CompositionError(
+            "no client's answer could be used in this round",
+            found="; ".join(f"client {each.client}: {each.reason}" for each in failures[:3]),
+            allowed="at least one answer of those that were asked",
+            remedy="Mend the clients, raise federated.timeout, and go on with run.resume.",
+        )
+
+    def _figures_of(self, answers: Sequence[Answer], failures: Sequence[Failure]) -> dict[str, float]:
+        figures = _means([each.metrics for each in answers], [each.samples for each in answers])
+        losses = [each.metrics["loss"] for each in answers if "loss" in each.metrics]
+        if losses:
+            figures |= {"client_loss_min": min(losses), "client_loss_max": max(losses)}
+        last = self.record.last
+        figures |= {
+            "clients": len(answers),
+            "left_out": len(failures),
+            "megabytes_sent": last["sent"] / 1e6,
+            "megabytes_received": sum(last["received"].values()) / 1e6,
+        }
+        if self.method.server_privacy is not None:
+            figures |= {"epsilon": self.method.server_privacy.spent(), **self.method.server_privacy.logged()}
+        return figures
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._transport.close()
+
+    def write(self, folder: Path) -> None:
+        super().write(folder)
+        if self.method.server_privacy is not None and self.state is not None:
+            with replacing(folder / "privacy.json") as temporary:
+                temporary.write_text(json.dumps(self.method.server_privacy.ledger(), indent=2), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        privacy = self.method.server_privacy
+        return {
+            **super().state_dict(),
+            "clients": self._transport.state_dict(),
+            "privacy": None if privacy is None or self.state is None else privacy.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._open()
+        self._transport.load_state_dict(state_dict["clients"])
+        if self.method.server_privacy is not None and state_dict["privacy"] is not None:
+            self.method.server_privacy.begin(self._horizon())
+            self.method.server_privacy.load_state_dict(state_dict["privacy"])
+
+
+def _means(metrics: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
+    """Means over clients, weighted by their samples, of what all of them say."""
+    if not metrics:
+        return {}
+    names = [name for name in metrics[0] if all(name in each for each in metrics)]
+    total = sum(samples)
+    return {name: sum(n * each[name] for n, each in zip(samples, metrics, strict=True)) / total for name in names}

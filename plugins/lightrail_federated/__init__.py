@@ -1,0 +1,1 @@
+"""Federated and decentralised training: methods, compressors, partitions and topologies."""

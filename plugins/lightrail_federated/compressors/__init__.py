@@ -1,0 +1,1 @@
+"""Compressors: vectors in fewer bytes."""

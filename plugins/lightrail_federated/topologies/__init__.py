@@ -1,0 +1,1 @@
+"""Topologies: who speaks with whom."""
