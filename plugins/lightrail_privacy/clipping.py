@@ -1,6 +1,5 @@
 """Factors that bound what the gradient of one sample can add to a sum."""
 
-# ruff: noqa: N803
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """DiceSGD: what clipping cuts off is kept, and fed back clipped, so that clipping leaves no bias."""
 
-# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -171,7 +170,7 @@ class DiceSGD(PrivacyMethod):
     ) -> None:
         super().__init__(**common)
         positive(clip_norm=clip_norm)
-        C2 = clip_norm if feedback_norm is None else feedback_norm  # noqa: N806
+        C2 = clip_norm if feedback_norm is None else feedback_norm
         _check_feedback(C2, clip_norm)
         if accounting is not None:
             one_of(("paper",), accounting=accounting)
@@ -188,7 +187,7 @@ class DiceSGD(PrivacyMethod):
 
     @property
     def assumptions(self) -> list[str]:
-        G = self.assume_grad_bound  # noqa: N806
+        G = self.assume_grad_bound
         return [
             "Conditional: epsilon is what the theorem of DiceSGD says of the released parameters. Its feedback, a sum "
             "over earlier batches, is never made private, and a step of the proof, which takes gradients at different "

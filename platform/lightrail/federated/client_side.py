@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -20,7 +21,7 @@ from lightrail.federated.method import FederatedMethod, ServerMethod
 from lightrail.federated.partition import Samples
 from lightrail.federated.randomness import generator_for, seed_for, seeded
 from lightrail.federated.transport import Order, Reply
-from lightrail.federated.visit import Visit
+from lightrail.federated.visit import Visit, visiting_trainer
 from lightrail.federated.wire import Wire, packed, unpacked
 from lightrail.run.run import Run
 from lightrail.run.windows import describe_loader
@@ -132,7 +133,8 @@ class ClientData:
         # Every batch of a node is whole; what is left of a pass has its chance in the next.
         chosen = order[place * size : (place + 1) * size].tolist()
         fetch: Any = getattr(dataset, "__getitems__", None)
-        return own.collate_fn(fetch(chosen) if callable(fetch) else [dataset[i] for i in chosen])
+        samples: Any = fetch(chosen) if callable(fetch) else [dataset[i] for i in chosen]
+        return own.collate_fn(samples)
 
 
 def _empty(number: int) -> CompositionError:
@@ -154,13 +156,11 @@ class ClientSide:
             here.
     """
 
-    def __init__(
-        self, run: Run, method: FederatedMethod, train_dataloader: Callable[[], Any] | None = None
-    ) -> None:
+    def __init__(self, run: Run, method: FederatedMethod, train_dataloader: Callable[[], Any] | None = None) -> None:
         self.method = method
         self.run = run
         self._train_dataloader = train_dataloader
-        self.seed = int(run.composition.config.seed or 0)
+        self.seed = method.seed = int(run.composition.config.seed or 0)
         self.model = LocalModel(run.task)
         self._first_buffers = self.model.buffers()
         if self.model.game is not None:
@@ -180,6 +180,10 @@ class ClientSide:
         with seeded(seed_for(self.seed, "data")):
             loader = make()
         return ClientData(loader, self.method, self.seed, self._rebuilt if run.data is not None else None)
+
+    @cached_property
+    def _trainer(self) -> Trainer:
+        return visiting_trainer(self.run)
 
     def _rebuilt(self, **changes: Any) -> Dataset[Any]:
         """The training dataset of the run's data plugin with some options changed."""
@@ -222,6 +226,7 @@ class ClientSide:
             epochs=epochs,
             steps=own if steps is None else steps,
             place=(round_index, method.rounds),
+            trainer=self._trainer,
         )
 
     def work(self, order: Order, state: Wire) -> tuple[Reply, Wire]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightrail.federated.client_side import ClientSide
 from lightrail.federated.compressor import Compressor
+from lightrail.federated.local_model import Layout
 from lightrail.federated.method import DecentralisedMethod
 from lightrail.federated.node_optimizer import NodeOptimizer
 from lightrail.federated.randomness import generator_for, seed_for, seeded
@@ -49,6 +50,11 @@ class Gossip:
         self.round, self.nbytes, self.losses = round_index, 0, []
         self.generator = generator_for(self._side.seed, "method", round_index)
         self._current = {}
+
+    @property
+    def layout(self) -> Layout:
+        """Where each parameter lies in a row."""
+        return self._side.model.layout
 
     # Speaking.
 
@@ -137,16 +143,18 @@ class Gossip:
             self.drawn[node] += 1
         return self._current[node]
 
-    def local_step(self, X: Tensor) -> Tensor:
+    def local_step(self, X: Tensor, *, nodes: Sequence[int] | None = None) -> Tensor:
         """One step of the run's own optimizer at each node, from its row, on its batch of this round.
 
         Args:
             X: ``[n, d]``.
+            nodes: Which nodes; the rows of ``X`` are theirs. All by default.
 
         Returns:
             ``[n, d]``.
         """
-        return torch.stack([self._local_step(i, x) for i, x in enumerate(X)])
+        rows = range(self.nodes) if nodes is None else nodes
+        return torch.stack([self._local_step(i, x) for i, x in zip(rows, X, strict=True)])
 
     def _local_step(self, node: int, x: Tensor) -> Tensor:
         optimizers = self._optimizers = self._optimizers or [NodeOptimizer(self._side) for _ in range(self.nodes)]

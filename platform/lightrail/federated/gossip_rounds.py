@@ -60,7 +60,7 @@ class GossipRounds(Rounds):
 
     def begin(self) -> None:
         gossip = self.gossip
-        self._side.model.task.to(self._model.device)
+        self._side.model.task.to(self.model.device)
         self.record.about |= {
             "topology": type(self.method.topology).__name__,
             "spectral_gap": spectral_gap(gossip.W),
@@ -69,7 +69,7 @@ class GossipRounds(Rounds):
         }
         gossip.begin_round(0)
         # As many copies as nodes: the method may change rows in place.
-        X = self._model.weights().repeat(gossip.nodes, 1)
+        X = self.model.weights().repeat(gossip.nodes, 1)
         self.state = self.method.start(X, gossip)
 
     def carry_out(self) -> dict[str, float]:
@@ -86,8 +86,8 @@ class GossipRounds(Rounds):
                 allowed="finite weights",
                 remedy="Lower the step size, and resume from the last checkpoint.",
             )
-        self._model.load(X.mean(0))
-        self._model.load_buffers(gossip.buffers())
+        self.model.load(self.method.joined(self.state))
+        self.model.load_buffers(gossip.buffers())
         losses = gossip.losses
         figures = {
             "consensus_distance": consensus_distance(X),

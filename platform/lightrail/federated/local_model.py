@@ -57,6 +57,7 @@ class LocalModel:
 
     def __init__(self, task: LightningModule) -> None:
         self.task = task
+        self._training_step = task.training_step  # whatever a visit puts in its place
         self.game: Game | None = game_of(task)
         named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
@@ -136,7 +137,7 @@ class LocalModel:
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch, where the parameters are."""
         # Some tasks look at the number of the batch, which means nothing here.
-        return loss_in(self.task.training_step)(move_data_to_device(batch, self.device), 0)
+        return loss_in(self._training_step)(move_data_to_device(batch, self.device), 0)
 
     def _field(self, game: Game, batch: Any) -> tuple[Tensor, float]:
         own: dict[int, Tensor] = {}

@@ -20,9 +20,8 @@ from lightrail.options import at_least, between, positive
 from lightrail.traits import Traits
 
 if TYPE_CHECKING:
-    from lightrail.federated.gossip import Gossip
-
     from lightrail.federated.client import Client
+    from lightrail.federated.gossip import Gossip
     from lightrail.run.run import Run
 
 __all__ = ["DecentralisedMethod", "FederatedMethod", "Heard", "ServerMethod", "State"]
@@ -73,6 +72,8 @@ class FederatedMethod:
     """Whether the task must name players."""
 
     clients: int
+    seed: int = 0
+    """Of the run, for random numbers that clients and server share; set before the first round."""
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ class ServerMethod(FederatedMethod):
             state: What this call returned when the client last took part; empty at first. It never leaves the client.
 
         Returns:
-            What it sends, and its state.
+            What it sends, and its state. The names ``buffers`` and ``counts`` are the engine's own, for statistics of
+            layers.
         """
         raise NotImplementedError
 
@@ -284,5 +286,9 @@ class DecentralisedMethod(FederatedMethod):
         raise NotImplementedError
 
     def weights(self, state: State) -> Tensor:
-        """Every node's weights ``[n, d]``, of which the mean is the run's model."""
+        """Every node's weights ``[n, d]``."""
         return state["X"]
+
+    def joined(self, state: State) -> Tensor:
+        """The run's model ``[d]``: the mean over nodes, unless a method knows better."""
+        return self.weights(state).mean(0)

@@ -38,10 +38,11 @@ class Rounds(Callback):
 
     def __init__(self, method: FederatedMethod, task: LightningModule, seed: int) -> None:
         self.method, self.seed = method, seed
+        method.seed = seed
         self.done = 0
         self.lr = 0.0  # that clients had last
         self.record = FederatedRecord()
-        self._model = LocalModel(task)
+        self.model = LocalModel(task)
         self.state: State | None = None  # of the method
         self._figures: dict[str, float] = {}
 
@@ -116,21 +117,19 @@ class ServerRounds(Rounds):
 
     def __init__(self, method: ServerMethod, task: LightningModule, seed: int, transport: Transport) -> None:
         super().__init__(method, task, seed)
-        self._transport = transport
+        self.transport = transport
         self._is_open = False
-        self._answers = Answers(
-            method.compressor, self._model.layout.size, self._model.dtype, method.largest_update
-        )
+        self._answers = Answers(method.compressor, self.model.layout.size, self.model.dtype, method.largest_update)
 
     def begin(self) -> None:
         self._open()
-        self.state = self.method.start(self._model.weights().cpu())
+        self.state = self.method.start(self.model.weights().cpu())
         if self.method.server_privacy is not None:
             self.method.server_privacy.begin(self._horizon())
 
     def _open(self) -> None:
         if not self._is_open:
-            self._transport.open(self.method.clients)
+            self.transport.open(self.method.clients)
             self._is_open = True
 
     def _horizon(self) -> ClientHorizon:
@@ -147,8 +146,8 @@ class ServerRounds(Rounds):
         method, round_index = self.method, self.done
         chosen = method.chosen(round_index, generator_for(self.seed, "chosen", round_index))
         message = {**method.message(self.state, round_index)}
-        wire = packed({**({} if method.keeps_buffers else self._model.buffers()), **message})
-        replies = self._transport.exchange([Order(client, round_index, wire) for client in chosen])
+        wire = packed({**({} if method.keeps_buffers else self.model.buffers()), **message})
+        replies = self.transport.exchange([Order(client, round_index, wire) for client in chosen])
         answers, failures = self._answers.accepted(replies)
         self._tell(round_index, failures, len(chosen))
         mean = self._mean(answers)
@@ -161,8 +160,8 @@ class ServerRounds(Rounds):
         )
         buffers = {name: mean.pop(name) for name in ("buffers", "counts") if name in mean}
         self.state = method.server(self.state, mean, heard)
-        self._model.load(self.state["weights"])
-        self._model.load_buffers(buffers)
+        self.model.load(self.state["weights"])
+        self.model.load_buffers(buffers)
         up = {each.client: nbytes(each.message) for each in replies if not isinstance(each, Failure)}
         self.record.add(round_index, answers, failures, sent=nbytes(wire) * len(chosen), received=up)
         return self._figures_of(answers, failures)
@@ -220,7 +219,7 @@ class ServerRounds(Rounds):
     def close(self) -> None:
         if self._is_open:
             self._is_open = False
-            self._transport.close()
+            self.transport.close()
 
     def write(self, folder: Path) -> None:
         super().write(folder)
@@ -232,14 +231,14 @@ class ServerRounds(Rounds):
         privacy = self.method.server_privacy
         return {
             **super().state_dict(),
-            "clients": self._transport.state_dict(),
+            "clients": self.transport.state_dict(),
             "privacy": None if privacy is None or self.state is None else privacy.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._open()
-        self._transport.load_state_dict(state_dict["clients"])
+        self.transport.load_state_dict(state_dict["clients"])
         if self.method.server_privacy is not None and state_dict["privacy"] is not None:
             self.method.server_privacy.begin(self._horizon())
             self.method.server_privacy.load_state_dict(state_dict["privacy"])

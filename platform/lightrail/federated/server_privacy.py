@@ -32,7 +32,7 @@ class ClientHorizon:
 
 
 class ServerPrivacy:
-    """Bounds what each client can move, adds noise, and keeps the account. Extend it; options are those of ``__init__``.
+    """Bounds what each client can move, adds noise, and keeps the account; extend it, with options in ``__init__``.
 
     The records of the account are clients, and a step is a round.
     """
@@ -46,7 +46,7 @@ class ServerPrivacy:
         raise NotImplementedError
 
     def mean(self, updates: Sequence[Tensor]) -> Tensor:
-        """The private mean of a round's updates: every client counts alike, and the divisor does not depend on who came.
+        """The private mean of a round's updates: all clients count alike, and the divisor does not depend on who came.
 
         Args:
             updates: One vector ``[d]`` a client that answered.

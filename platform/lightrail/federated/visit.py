@@ -20,7 +20,7 @@ from lightrail.run.run import Run
 from lightrail.run.tracking import TrainingMetrics
 from lightrail.step.transform import Transform
 
-__all__ = ["Trained", "Visit", "fresh"]
+__all__ = ["Trained", "Visit", "fresh", "visiting_trainer"]
 
 # What of the trainer belongs to the run as a whole; the rest holds on every client.
 _OF_THE_RUN = (
@@ -45,6 +45,32 @@ class Trained:
     lr: float | None
 
 
+def visiting_trainer(run: Run) -> Trainer:
+    """A trainer that says and writes nothing, for all visits: to make one takes longer than a small visit.
+
+    Args:
+        run: As it was composed.
+    """
+    options = {
+        {"accumulate": "accumulate_grad_batches"}.get(key, key): value
+        for key, value in run.trainer.items()
+        if key not in _OF_THE_RUN
+    }
+    trainer = Trainer(
+        logger=False,
+        devices=1,
+        max_epochs=1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
 class Visit:
     """Trains a task for some steps as the run would, and says nothing.
 
@@ -53,6 +79,7 @@ class Visit:
         loader: The client's samples.
         epochs: Passes over them.
         steps: Optimizer steps in place of passes.
+        trainer: Of :func:`visiting_trainer`.
         place: Which visit this is, and of how many: what is planned for the whole run, as a schedule is, goes on from
             visit to visit.
     """
@@ -65,15 +92,15 @@ class Visit:
         epochs: int,
         steps: int | None,
         place: tuple[int, int],
+        trainer: Trainer,
     ) -> None:
         self._run = run
         self._loader = loader
         self._epochs, self._steps = epochs, steps
         self._place = place
+        self._trainer = trainer
 
-    def train(
-        self, corrections: Sequence[Transform] = (), change_batch: Callable[[Any], Any] | None = None
-    ) -> Trained:
+    def train(self, corrections: Sequence[Transform] = (), change_batch: Callable[[Any], Any] | None = None) -> Trained:
         """Trains.
 
         Args:
@@ -87,26 +114,11 @@ class Visit:
             schedule=None if self._run.schedule is None else self._part_of_schedule(self._run.schedule),
             callbacks=(),
         )
-        options = {
-            {"accumulate": "accumulate_grad_batches"}.get(key, key): value
-            for key, value in run.trainer.items()
-            if key not in _OF_THE_RUN
-        }
-        figures = _Figures()
-        trainer = Trainer(
-            logger=False,
-            callbacks=[figures],
-            devices=1,
-            max_epochs=self._epochs if self._steps is None else None,
-            max_steps=-1 if self._steps is None else self._steps,
-            limit_val_batches=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **options,
-        )
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer, figures = self._trainer, _Figures()
+        trainer.callbacks = [figures]  # type: ignore[attr-defined]
+        # Loops of its own: nothing of an earlier visit is left.
+        trainer.fit_loop.max_epochs = self._epochs if self._steps is None else -1
+        trainer.fit_loop.epoch_loop.max_steps = -1 if self._steps is None else self._steps
         attach_step(run, trainer)
         with _as_it_was(run.task, "configure_optimizers", "training_step"):
             attach_optimizer(run, trainer, {}, lambda text: None)

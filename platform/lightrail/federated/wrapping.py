@@ -39,7 +39,7 @@ def made_federated(method: FederatedMethod, run: Run) -> Run:
     rounds = _rounds(method, run, side)
     _give_rounds(run.data if run.data is not None else run.task, method.evaluate_every)
     notes = [*run.notes]
-    if side.model.has_buffers and not isinstance(method, DecentralisedMethod) and not method.keeps_buffers:
+    if side.model.has_buffers and isinstance(method, ServerMethod) and not method.keeps_buffers:
         notes.append("federated: statistics of layers are averaged over clients; whole numbers among them are not")
     return dataclasses.replace(
         run,

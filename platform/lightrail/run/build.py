@@ -97,8 +97,9 @@ def _parts(resolved: Resolved, kind: str) -> dict[str, Any]:
     for each in KINDS.values():
         if each.within == kind:
             made = _make_one(resolved, each.name)
-            is_needed = made is None and each.default is not None
-            parts[each.name] = load(each.name, each.default)() if is_needed else made
+            if made is None and each.default is not None:
+                made = load(each.name, each.default)()
+            parts[each.name] = made
     return parts
 
 

@@ -10,10 +10,24 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightrail.federated.partition import Partition, Samples
 from lightrail.federated.rounds import Rounds
+from lightrail.federated.topology import Topology
 from lightrail.run import Run, compose
 
-__all__ = ["ClientGames", "ClientPoints", "Game", "Quadratic", "composed_rounds", "optimum_of", "quadratics"]
+__all__ = [
+    "All",
+    "ClientClusters",
+    "ClientGames",
+    "ClientPoints",
+    "Game",
+    "InOrder",
+    "Quadratic",
+    "Separation",
+    "composed_rounds",
+    "optimum_of",
+    "quadratics",
+]
 
 
 def quadratics(clients: int = 10, size: int = 5, seed: int = 0, spread: float = 4.0) -> tuple[Tensor, Tensor]:
@@ -110,9 +124,10 @@ class ClientGames(LightningDataModule):
         clients: How many.
         size: Of each player.
         seed: Of the numbers.
+        identical: Whether all clients have the first one.
     """
 
-    def __init__(self, clients: int = 10, size: int = 10, seed: int = 0) -> None:
+    def __init__(self, clients: int = 10, size: int = 10, seed: int = 0, identical: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
@@ -123,7 +138,8 @@ class ClientGames(LightningDataModule):
             root = drawn(size, size) / size**0.5
             return 0.1 * torch.eye(size, dtype=torch.float64) + root @ root.transpose(1, 2) / 4
 
-        self.parts = (positive(), drawn(size, size) / size**0.5 / 2, positive(), drawn(size), drawn(size))
+        parts = (positive(), drawn(size, size) / size**0.5 / 2, positive(), drawn(size), drawn(size))
+        self.parts = tuple(each[:1].expand_as(each).clone() for each in parts) if identical else parts
 
     @property
     def field(self) -> tuple[Tensor, Tensor]:
@@ -139,6 +155,64 @@ class ClientGames(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(*self.parts), batch_size=1)
+
+
+class Separation(LightningModule):
+    """A linear classifier of points around four centres, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch
+        return {"loss": nn.functional.cross_entropy(self(x), y)}
+
+
+class ClientClusters(LightningDataModule):
+    """Eight points a client, around four centres, each client's nearer to one of them.
+
+    Args:
+        clients: How many.
+        identical: Whether all clients have the same points.
+    """
+
+    def __init__(self, clients: int = 3, identical: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        y = torch.arange(8).repeat(clients, 1) % 4
+        noise = torch.randn(clients, 8, 4, generator=generator, dtype=torch.float64)
+        own = 0 if identical else torch.eye(4, dtype=torch.float64)[torch.arange(clients) % 4][:, None]
+        x = torch.eye(4, dtype=torch.float64)[y] + 0.3 * (noise[:1] if identical else noise) + 0.5 * own
+        self.dataset = TensorDataset(x.reshape(-1, 4), y.reshape(-1))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.dataset, batch_size=8)
+
+
+class InOrder(Partition):
+    """Equal parts in the order of the samples.
+
+    Args:
+        backwards: Whether the last part is the first client's.
+    """
+
+    def __init__(self, *, backwards: bool = False) -> None:
+        self.backwards = backwards
+
+    def divide(self, samples: Samples, clients: int, generator: torch.Generator) -> list[Tensor]:
+        parts = list(torch.arange(len(samples)).tensor_split(clients))
+        return parts[::-1] if self.backwards else parts
+
+
+class All(Topology):
+    """Every node speaks with every other."""
+
+    def edges(self, nodes: int, generator: torch.Generator) -> list[tuple[int, int]]:
+        return [(i, j) for i in range(nodes) for j in range(i + 1, nodes)]
 
 
 def composed_rounds(folder: Path, *overrides: str) -> tuple[Run, Rounds]:

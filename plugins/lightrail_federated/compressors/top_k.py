@@ -35,7 +35,7 @@ def largest_places(x: Tensor, k: int) -> Tensor:
     sizes = x.abs()
     smallest = sizes.topk(k, sorted=False).values.min()
     above = sizes > smallest
-    ties = (sizes == smallest).nonzero().flatten().flip(0)[: k - int(above.sum())]
+    ties = (sizes == smallest).nonzero().flatten()[: k - int(above.sum())]
     above[ties] = True
     return above.nonzero().flatten()
 

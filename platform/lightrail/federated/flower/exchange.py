@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -165,12 +167,25 @@ class FlowerTransport:
     def _push(self, node: int, kind: str, parcel: Parcel, group: str = "") -> str | None:
         assert self._grid is not None
         message = Message(records_of(parcel), node, kind, ttl=self._terms.timeout, group_id=group)
-        return next(iter(self._grid.push_messages([message])), None)
+        with self._may_fail():
+            return next(iter(self._grid.push_messages([message])), None)
+        return None
 
     def _pull(self, asked: Iterable[str]) -> list[Message]:
         assert self._grid is not None
         asked = list(asked)
-        return list(self._grid.pull_messages(asked)) if asked else []
+        with self._may_fail():
+            return list(self._grid.pull_messages(asked)) if asked else []
+        return []
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """A request that fails is made again with the next look, as long as what carries messages runs."""
+        try:
+            yield
+        except httpx.HTTPError as error:
+            self.check()
+            _warn(f"a request failed and is made again: {type(error).__name__}: {error}")
 
     def _look(self) -> None:
         """Who is connected; whoever is new is asked who it is."""
@@ -178,7 +193,8 @@ class FlowerTransport:
             return
         self.check()
         assert self._grid is not None
-        self._online = set(self._grid.get_node_ids())
+        with self._may_fail():
+            self._online = set(self._grid.get_node_ids())
         for node in self._online - self._seen:
             if (asked := self._push(node, "query", Parcel(words=self._words()))) is not None:
                 self._introduced[asked] = node

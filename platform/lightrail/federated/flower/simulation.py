@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from lightrail.errors import PluginError, UserError
-from lightrail.federated.flower.client import Client, Factory, Workshop
 from lightrail.federated.flower.exchange import FlowerTransport, Terms
+from lightrail.federated.flower.participant import Factory, Participant, Workshop
 from lightrail.federated.flower.supernode import reply_to
 from lightrail.options import at_least, non_negative
 
@@ -132,7 +132,7 @@ def _client_app(setting: _Setting) -> ClientApp:
 
     def answer(message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
-        return reply_to(Client(number, setting.folder / f"client-{number}", _workshop(setting)), message)
+        return reply_to(Participant(number, setting.folder / f"client-{number}", _workshop(setting)), message)
 
     app.query()(answer)
     app.train()(answer)

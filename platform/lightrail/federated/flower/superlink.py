@@ -174,8 +174,8 @@ class SuperLink:
                     raise self._failure("gives this run no task")
                 time.sleep(0.1)
         grid = HttpGrid(self._endpoint.address, self._endpoint.ca is None, self._endpoint.ca, token=token)
-        # A SuperLink that is gone is told as such, not asked for ever.
-        grid._retry_invoker.max_tries = 3
+        # Who waits for answers asks again, and sees whether the SuperLink is still there.
+        grid._retry_invoker.max_tries = 1
         runtime = grid._runtime_client
         self._heartbeat = keep_alive(runtime)
         task = runtime.PullTaskInput(PullTaskInputRequest())

@@ -17,7 +17,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from lightrail.errors import ConfigurationError
-from lightrail.federated.flower.client import Client
+from lightrail.federated.flower.participant import Participant
 from lightrail.federated.flower.process import Daemon, Endpoint, acquired, keep_alive
 from lightrail.federated.flower.records import Parcel, parcel_of, records_of
 from lightrail.federated.flower.superlink import parse_address
@@ -71,7 +71,7 @@ class Connection:
         return words + ([] if self.key is None else ["--auth-supernode-private-key", str(self.key)])
 
 
-def serve(client: Client, connection: Connection) -> None:
+def serve(client: Participant, connection: Connection) -> None:
     """Answers what the server asks, until this process is interrupted.
 
     Args:
@@ -94,7 +94,7 @@ def serve(client: Client, connection: Connection) -> None:
         time.sleep(_AGAIN_SECONDS)
 
 
-def _answer_next(client: Client, claimant: RuntimeHttpClient, endpoint: Endpoint) -> None:
+def _answer_next(client: Participant, claimant: RuntimeHttpClient, endpoint: Endpoint) -> None:
     try:
         token = acquired(claimant, TaskType.CLIENT_APP)
     except httpx.HTTPError:
@@ -115,7 +115,7 @@ def _answer_next(client: Client, claimant: RuntimeHttpClient, endpoint: Endpoint
             alive.stop()
 
 
-def reply_to(client: Client, message: Message) -> Message:
+def reply_to(client: Participant, message: Message) -> Message:
     """A client's answer to a message of Flower's.
 
     Args:

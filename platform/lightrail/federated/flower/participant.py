@@ -20,11 +20,12 @@ from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.partition import Partition, Samples
 from lightrail.federated.transport import Order, Reply, Worker
 
-__all__ = ["Client", "Factory", "Undivided", "Workshop", "check_own", "merged", "version_differences"]
+__all__ = ["Factory", "Participant", "Undivided", "Workshop", "check_own", "merged", "version_differences"]
 
 Factory = Callable[[Sequence[str]], tuple[Worker, Mapping[str, Any]]]
 """Makes a worker from overrides, and says what it is made of: its lock, empty where nobody asks."""
 
+_OF_SERVER = ("run.", "federated.engine", "federated.timeout")
 _DEVICE = ("trainer.accelerator=", "trainer.devices=", "trainer.precision=")
 
 
@@ -72,7 +73,7 @@ class Workshop:
         return self._worker
 
 
-class Client:
+class Participant:
     """One client: what it is asked, it answers.
 
     Args:
@@ -153,7 +154,8 @@ def merged(overrides: Sequence[str], own: Sequence[str]) -> list[str]:
         ['data=csv', 'seed=1', 'data.path=mine.csv']
     """
     keys = {_key(each) for each in own}
-    return [each for each in overrides if _key(each) not in keys and not _key(each).startswith("run.")] + list(own)
+    kept = (each for each in overrides if not _key(each).startswith(_OF_SERVER))
+    return [each for each in kept if _key(each) not in keys] + list(own)
 
 
 def _is_data(override: str) -> bool:
@@ -241,10 +243,11 @@ def _check_plugins(lock: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def _from_catalogue(overrides: Sequence[str], has_own_data: bool) -> tuple[Worker, Mapping[str, Any]]:
+    from lightrail.configuration import compose
     from lightrail.federated.client_side import client_side
     from lightrail.run.lock import lock_of
 
     side = client_side(overrides)
     if has_own_data:
         side.method.partition = Undivided()
-    return side, lock_of(side.run.composition)
+    return side, lock_of(compose(overrides))
