@@ -34,7 +34,7 @@ class FedAdagrad(AdaptiveServer):
 
     Example:
         >>> from lightrail import compose
-        >>> run = ["+federated=fedadagrad", "federated.lr=0.3", "federated.clients=4", "federated.rounds=1", "logger=[]"]
+        >>> run = ["+federated=fedadagrad", "federated.lr=0.3", "federated.clients=4", "logger=[]"]
         >>> compose(run).config.federated.lr
         0.3
 

@@ -29,6 +29,7 @@ def proximal_gradient(y: Tensor, theta: Tensor, mu: float) -> Tensor:
         μ (y - θ).
 
     Example:
+        >>> import torch
         >>> proximal_gradient(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]), 0.5)
         tensor([1., 0.])
     """

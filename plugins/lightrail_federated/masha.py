@@ -115,7 +115,6 @@ class Masha(ServerMethod):
         else:
             self._check_follows(client, state)
             z = state["w"] if "field" in message else self.stepped(state["half"], message["step"])
-        client.load(z)
         client.metrics["lr"] = self.lr
         state |= {"round": torch.tensor(client.round)}
         if int(message["is_new"]):
@@ -123,8 +122,8 @@ class Masha(ServerMethod):
             return {"field": own}, {**state, "w": z, **({"own": own} if self.full_gradients else {})}
         state |= {name: message[name] for name in ("field",) if name in message}
         half = looked_ahead(z, state["w"], state["field"], 1 - self.share(z.numel()), self.lr)
-        difference = self._difference(client, half, state)
-        return {"difference": self.difference_sent(difference, state, client.generator)}, {**state, "half": half}
+        sent = self.difference_sent(self._difference(client, half, state), state, client.generator)
+        return {"difference": sent}, {**state, "half": half}
 
     def _check_follows(self, client: Client, state: State) -> None:
         if "round" not in state or int(state["round"]) != client.round - 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightrail import Traits
 from lightrail.federated import Client, Heard, ServerMethod, State
+from lightrail.federated.randomness import generator_for
 from lightrail.federated.wire import Payload
 from lightrail.options import between, one_of, positive
 from lightrail_federated.local_sgda import Field, local_fields
@@ -160,11 +161,9 @@ class ProxSkipVIP(ServerMethod):
         one_of(("batch", "full", "lsvrgda"), estimator=estimator)
         self.lr, self.p, self.estimator, self.refresh = lr, p, estimator, refresh
 
-    def start(self, weights: Tensor) -> State:
-        return {"weights": weights, "steps": torch.tensor(steps_until_heads(self.p, torch.default_generator))}
-
     def message(self, server: State, round_index: int) -> Payload:
-        return {"weights": server["weights"], "steps": server["steps"]}
+        coins = generator_for(self.seed, "coins", round_index)
+        return {"weights": server["weights"], "steps": torch.tensor(steps_until_heads(self.p, coins))}
 
     def client(self, client: Client, message: State, state: State) -> tuple[Payload, State]:
         x, steps = message["weights"], int(message["steps"])
@@ -192,5 +191,4 @@ class ProxSkipVIP(ServerMethod):
         return g
 
     def server(self, server: State, mean: State, heard: Heard) -> State:
-        steps = torch.tensor(steps_until_heads(self.p, heard.generator))
-        return {"weights": mean["contribution"] if mean else server["weights"], "steps": steps}
+        return {"weights": mean["contribution"]} if mean else server

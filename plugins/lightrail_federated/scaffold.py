@@ -18,7 +18,7 @@ from lightrail.step import Closure, Transform
 if TYPE_CHECKING:
     from lightrail.run.run import Run
 
-__all__ = ["DriftCorrection", "Scaffold", "client_variate", "server_step"]
+__all__ = ["DriftCorrection", "Scaffold", "check_plain", "client_variate", "server_step"]
 
 
 def client_variate(c_k: Tensor, c: Tensor, theta: Tensor, y: Tensor, eta: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ class DriftCorrection(Transform):
         self._eta = {id(p): 0.0 for p in self._params}
 
     def prepare(self, optimizer: Optimizer) -> None:
+        check_plain(optimizer)
         self._optimizer = optimizer
 
     def before_step(self, params: list[Tensor], closure: Closure) -> None:
@@ -161,7 +162,8 @@ class Scaffold(ServerMethod):
         self.global_lr = global_lr
 
     def wrap(self, run: Run) -> Run:
-        _check_optimizer(run)
+        if run.optimizer is not None:
+            check_plain(run.optimizer(run.task))
         return super().wrap(run)
 
     def start(self, weights: Tensor) -> State:
@@ -188,18 +190,21 @@ class Scaffold(ServerMethod):
         return {"weights": theta, "c": c}
 
 
-def _check_optimizer(run: Run) -> None:
-    if run.optimizer is None:
-        found = run.task.configure_optimizers()
-        optimizer = found if isinstance(found, Optimizer) else None
-    else:
-        optimizer = run.optimizer(run.task)
-    groups = [] if optimizer is None else optimizer.param_groups
-    if not isinstance(optimizer, SGD) or any(group["momentum"] for group in groups):
-        name = type(optimizer).__name__ if optimizer is not None else "several optimizers"
+def check_plain(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose steps are not learning rates times gradients.
+
+    Args:
+        optimizer: Of a client.
+
+    Raises:
+        CompositionError: It is not SGD, or has momentum.
+    """
+    momenta = {group.get("momentum", 0) for group in optimizer.param_groups}
+    if not isinstance(optimizer, SGD) or momenta != {0}:
+        momentum = f", momentum={max(momenta):g}" if any(momenta) else ""
         raise CompositionError(
             "federated 'scaffold' reads gradients off the steps of its clients, which only plain SGD allows",
-            found=f"{name}, momentum={[group.get('momentum') for group in groups]}",
+            found=f"{type(optimizer).__name__}{momentum}",
             allowed="torch.optim.SGD with momentum=0; any schedule and weight decay",
             remedy="Use optimizer=sgd optimizer.momentum=0, or federated=fedavg or fedadam.",
         )

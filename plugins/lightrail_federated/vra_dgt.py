@@ -14,7 +14,7 @@ from lightrail.options import between, non_negative, positive
 
 __all__ = ["VRADGT", "VRADSGT", "falling", "message", "recursive_gradient", "tracked"]
 
-_PAPER = "Zhao, Liu 2025, distributed gradient tracking with a variance-reduced aggregator, arXiv 2501.05737"
+_PAPER = "Zhao, Liu 2025, Efficient Gradient Tracking Algorithms with Inexact Communication, arXiv 2501.05737"
 
 
 def falling(k: int, b: float | None) -> float:
@@ -91,7 +91,8 @@ class VRADGT(DecentralisedMethod):
         0.1
 
     Reference:
-        Zhao, Liu, arXiv 2501.05737, 2025.
+        Zhao, Liu, Efficient Gradient Tracking Algorithms for Distributed Optimization Problems with Inexact
+        Communication, Computational Optimization and Applications, 2026. arXiv 2501.05737.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -170,8 +171,9 @@ class VRADSGT(VRADGT):
         50
 
     Reference:
-        Zhao, Liu, arXiv 2501.05737, 2025; the estimate is that of Cutkosky, Orabona, Momentum-Based Variance Reduction
-        in Non-Convex SGD, NeurIPS 2019. arXiv 1905.10018.
+        Zhao, Liu, Efficient Gradient Tracking Algorithms for Distributed Optimization Problems with Inexact
+        Communication, Computational Optimization and Applications, 2026. arXiv 2501.05737. The estimate is that of
+        Cutkosky, Orabona, Momentum-Based Variance Reduction in Non-Convex SGD, NeurIPS 2019. arXiv 1905.10018.
     """
 
     traits: ClassVar[Traits] = Traits(

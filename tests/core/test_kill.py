@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from warm_process import run_warm
+
 from lightrail.run.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
@@ -26,15 +28,7 @@ RUN = [
 
 def train(folder: Path, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
-    return subprocess.run(
-        [sys.executable, "-m", "lightrail.train", *overrides],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_warm([sys.executable, "-m", "lightrail.train", *overrides], cwd=folder, env=environment)
 
 
 def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
@@ -72,7 +66,7 @@ def test_ranks_that_composed_different_configurations_are_refused(tmp_path: Path
         "sys.exit(main([*sys.argv[1:], f'data.batch_size={size}']))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    refused = subprocess.run(
+    refused = run_warm(
         [
             sys.executable,
             str(program),
@@ -85,10 +79,6 @@ def test_ranks_that_composed_different_configurations_are_refused(tmp_path: Path
         ],
         cwd=tmp_path,
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
     )
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "composed different configurations" in refused.stderr

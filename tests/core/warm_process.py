@@ -28,7 +28,7 @@ IMPORTED = (
     "lightning.pytorch",
     "matplotlib.figure",
     "sklearn.datasets",
-    "wandb",
+    "wandb.sdk.launch.inputs.internal",
 )
 
 
@@ -40,7 +40,7 @@ def run_warm(
     timeout: float = 300,
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run(…, capture_output=True, text=True)``, for a Python script, or Python with a script or ``-c``.
+    """As ``subprocess.run(…, capture_output=True, text=True)``, for a Python script, or Python with a script, ``-m`` or ``-c``.
 
     Args:
         command: The script of an installed command and its words, or ``sys.executable`` and its words.
@@ -92,7 +92,9 @@ class _Server:
             self.end()
             type(self)._one = None
             raise subprocess.TimeoutExpired(asked["words"], timeout)
-        return int(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, "the process that is forked has ended"
+        return int(answer)
 
     def end(self) -> None:
         """Ends it and all that it has started."""
@@ -136,7 +138,11 @@ def become(asked: dict[str, Any]) -> None:
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         sys.path[:1] = ["", *roots]
-        exec(compile(words[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path[:1] = [os.getcwd(), *roots]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
         sys.path[:1] = [str(Path(words[0]).parent), *roots]
@@ -144,8 +150,11 @@ def become(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    import gc
+
     for _module in IMPORTED:
         __import__(_module)
+    gc.freeze()
     _asked = serve()
     if _asked is not None:
         become(_asked)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from warm_process import run_warm
+
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MINE = """
@@ -60,10 +62,24 @@ def is_long(command: str) -> bool:
     return any(word in command for word in ("docs_lm", "train -m", "trainer=ddp"))
 
 
-def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command as a user would, in ``folder``."""
+def is_first_of_its_program(command: str) -> bool:
+    """Whether the README has no earlier line with this program; such a line makes its imports itself."""
+    program = command.split()[0]
+    return command == next(line for line in [*commands(), *sum(stories(), [])] if line.split()[0] == program)
+
+
+def run(folder: Path, command: list[str], warm: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user would, in ``folder``.
+
+    Args:
+        folder: Where it runs.
+        command: The program and its words.
+        warm: Whether it finds torch and Lightning imported.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     environment.pop("LIGHTRAIL_RUN_FOLDER", None)
+    if warm:
+        return run_warm(command, cwd=folder, env=environment, timeout=900)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -80,7 +96,7 @@ def execute(folder: Path, command: str) -> None:
     if "schedule.from_run=latest" in words:
         recorded = run(folder, [str(program), "schedule=refined", "trainer.max_epochs=1"])
         assert recorded.returncode == 0, recorded.stderr
-    finished = run(folder, [str(program), *words[1:]])
+    finished = run(folder, [str(program), *words[1:]], warm=not is_first_of_its_program(command))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     if words[0] == "train" and "--help" not in words:
         assert "run folder" in finished.stdout or "report.html" in finished.stdout

@@ -97,6 +97,17 @@ class ClientData:
         """How many samples each client has."""
         return [len(each) for each in self.datasets]  # type: ignore[arg-type]
 
+    def counts(self) -> list[dict[str, int]]:
+        """How many samples each client has, by label where labels are known without a look at every sample."""
+        labels = self.samples.known_labels
+        if labels is None or not all(isinstance(each, Subset) for each in self.datasets):
+            return [{"samples": size} for size in self.sizes]
+        found = []
+        for each in self.indices:
+            values, counts = labels[each].unique(return_counts=True)
+            found.append({str(v): n for v, n in zip(values.tolist(), counts.tolist(), strict=True)})
+        return found
+
     def loader(self, client: int, *, shuffled: bool) -> DataLoader[Any]:
         """The samples of one client, as the run's own loader would give them.
 
@@ -197,6 +208,10 @@ class ClientSide:
         data.prepare_data()
         data.setup("fit")
         return data.train_dataloader().dataset
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the clients."""
+        return {"clients": self.method.clients, "samples": self.data.counts()}
 
     def client(self, number: int, round_index: int) -> Client:
         """One client in one round.

@@ -62,6 +62,7 @@ class GossipRounds(Rounds):
         gossip = self.gossip
         self._side.model.task.to(self.model.device)
         self.record.about |= {
+            **self._side.about(),
             "topology": type(self.method.topology).__name__,
             "spectral_gap": spectral_gap(gossip.W),
             "edges": gossip.edges,

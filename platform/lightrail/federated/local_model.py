@@ -132,7 +132,7 @@ class LocalModel:
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
         return self._joined(
             [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
-        ), float(loss)
+        ), float(loss.detach())
 
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch, where the parameters are."""
@@ -146,7 +146,7 @@ class LocalModel:
             loss = self.task.player_loss(name, batch)  # type: ignore[operator]
             found = torch.autograd.grad(loss, params, allow_unused=True)
             own |= {id(p): torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)}
-            total += float(loss)
+            total += float(loss.detach())
         return self._joined([own[id(p)] for p in self.params]), total
 
     @contextmanager

@@ -48,6 +48,15 @@ class Samples:
         """
         return self._column(("label", "labels", "target", "y"), 1, "labels")
 
+    @property
+    def known_labels(self) -> Tensor | None:
+        """The labels, where they were asked for already or lie in the dataset's tensors; ``None`` otherwise."""
+        is_at_hand = "labels" in vars(self) or hasattr(self.dataset, "tensors")
+        try:
+            return self.labels if is_at_hand else None
+        except CompositionError:
+            return None
+
     def column(self, key: str | int) -> Tensor:
         """Another column of the samples, ``[n]`` int64: its distinct values are numbered in their order.
 
@@ -57,7 +66,7 @@ class Samples:
         Raises:
             CompositionError: Samples have no such column of single values.
         """
-        return self._column((key,), key if isinstance(key, int) else None, f"a column {key!r}")
+        return self._column((key,), key if isinstance(key, int) else None, f"column {key!r}")
 
     def _column(self, keys: Sequence[str | int], place: int | None, what: str) -> Tensor:
         values = [_value(self.dataset[i], keys, place) for i in range(len(self))]

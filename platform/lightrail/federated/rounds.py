@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from lightrail.federated.secure_mean import secure_mean
 from lightrail.federated.server_privacy import ClientHorizon
 from lightrail.federated.transport import Failure, Order, Transport
 from lightrail.federated.wire import nbytes, packed
-from lightrail.files import replacing
 
 __all__ = ["Rounds", "ServerRounds"]
 
@@ -123,6 +121,7 @@ class ServerRounds(Rounds):
 
     def begin(self) -> None:
         self._open()
+        self.record.about |= {"clients": self.method.clients, **self.transport.about()}
         self.state = self.method.start(self.model.weights().cpu())
         if self.method.server_privacy is not None:
             self.method.server_privacy.begin(self._horizon())
@@ -224,8 +223,7 @@ class ServerRounds(Rounds):
     def write(self, folder: Path) -> None:
         super().write(folder)
         if self.method.server_privacy is not None and self.state is not None:
-            with replacing(folder / "privacy.json") as temporary:
-                temporary.write_text(json.dumps(self.method.server_privacy.ledger(), indent=2), encoding="utf-8")
+            self.method.server_privacy.ledger().write(folder / "privacy.json")
 
     def state_dict(self) -> dict[str, Any]:
         privacy = self.method.server_privacy
@@ -240,8 +238,7 @@ class ServerRounds(Rounds):
         self._open()
         self.transport.load_state_dict(state_dict["clients"])
         if self.method.server_privacy is not None and state_dict["privacy"] is not None:
-            self.method.server_privacy.begin(self._horizon())
-            self.method.server_privacy.load_state_dict(state_dict["privacy"])
+            self.method.server_privacy.begin(self._horizon(), state_dict["privacy"])
 
 
 def _means(metrics: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:

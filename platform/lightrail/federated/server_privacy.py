@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from lightrail.privacy.ledger import Ledger
 
 __all__ = ["ClientHorizon", "ServerPrivacy"]
 
@@ -22,6 +25,7 @@ class ClientHorizon:
             that is accounted for here.
         rounds: Of the whole run.
         seed: Of the run.
+        written: The account that a run which goes on had written; ``None`` where it begins.
     """
 
     clients: int
@@ -29,6 +33,7 @@ class ClientHorizon:
     is_poisson: bool
     rounds: int
     seed: int
+    written: Path | None = None
 
 
 class ServerPrivacy:
@@ -37,11 +42,23 @@ class ServerPrivacy:
     The records of the account are clients, and a step is a round.
     """
 
-    def begin(self, horizon: ClientHorizon) -> None:
+    def begin(self, horizon: ClientHorizon, resumed: dict[str, Any] | None = None) -> None:
         """Called once, before the first round; calibrates the noise and says what the run will cost.
 
+        Args:
+            horizon: What is known of the run.
+            resumed: What :meth:`state_dict` told, where a run goes on: what was spent stays spent.
+
         Raises:
-            CompositionError: The target cannot be met.
+            ConfigurationError: The target cannot be met.
+            CheckpointError: What is left of the budget does not suffice.
+        """
+        raise NotImplementedError
+
+    def drawn(self) -> list[int]:
+        """Who takes part in a round, each client by a coin that nobody can foretell; in order.
+
+        Coins of the run's seed, which is public, would amplify nothing.
         """
         raise NotImplementedError
 
@@ -68,7 +85,7 @@ class ServerPrivacy:
         """Epsilon of the rounds so far."""
         raise NotImplementedError
 
-    def ledger(self) -> dict[str, Any]:
+    def ledger(self) -> Ledger:
         """The account, as ``privacy.json`` holds it."""
         raise NotImplementedError
 
@@ -78,8 +95,4 @@ class ServerPrivacy:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with its account."""
-        raise NotImplementedError
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; refuses what the target does not allow."""
         raise NotImplementedError

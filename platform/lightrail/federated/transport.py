@@ -69,6 +69,10 @@ class Worker(Protocol):
         """The answer to an order, and the client's state after it."""
         ...
 
+    def about(self) -> dict[str, Any]:
+        """What a report says of the clients."""
+        ...
+
 
 class Transport(Protocol):
     """Carries a round to the clients, wherever they are."""
@@ -83,6 +87,10 @@ class Transport(Protocol):
 
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
         """One round: every order has one answer, in any order."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the clients, as far as it is known here."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,6 +123,9 @@ class InProcess:
 
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
         return [self._answer(order) for order in orders]
+
+    def about(self) -> dict[str, Any]:
+        return {} if self._worker is None else self._worker.about()
 
     def _answer(self, order: Order) -> Reply | Failure:
         assert self._worker is not None

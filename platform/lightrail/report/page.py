@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightrail.files import replace_file
-from lightrail.report import privacy, sections
+from lightrail.report import federated, privacy, sections
 from lightrail.report.pictures import curve_pictures, figure_pictures
 from lightrail.report.record import RunRecord
 
@@ -20,14 +20,17 @@ __all__ = ["write_report"]
 
 # A browser then fetches nothing and runs nothing, whatever a name or a configuration holds.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-LINKED = ("metrics.csv", "summary.json", "config.yaml", "lock.json", "privacy.json", "samples.png", "texts.txt")
+LINKED = (
+    "metrics.csv", "summary.json", "config.yaml", "lock.json", "privacy.json", "federated.json", "samples.png",
+    "texts.txt",
+)  # fmt: skip
 
 
 def write_report(folder: str | Path, *, figures: Mapping[str, Figure] | None = None) -> Path:
     """Writes ``report.html`` into a run folder, from what stands there.
 
-    It reads ``metrics.csv``, ``config.yaml``, ``lock.json``, ``summary.json`` and ``privacy.json``; what is missing is
-    said in its place. Pictures are inside the page, which therefore needs no other file and no network.
+    It reads ``metrics.csv``, ``config.yaml``, ``lock.json``, ``summary.json``, ``privacy.json`` and ``federated.json``;
+    what is missing is said in its place. Pictures are inside the page, which therefore needs no other file and no network.
 
     Args:
         folder: The run folder.
@@ -60,6 +63,7 @@ def _page(record: RunRecord, figures: Mapping[str, Figure]) -> str:
         sections.notes(record),
         sections.cards(record),
         _section("Privacy", privacy.account(record)),
+        _section("Rounds", federated.account(record)),
         _section("Curves", "" if record.is_generation else curve_pictures(record)),
         _section("Samples" if record.is_generation else "Figures", figure_pictures(figures)),
         _section("Texts", sections.texts(record)),

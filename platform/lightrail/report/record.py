@@ -27,6 +27,7 @@ class RunRecord:
         lock: The contents of ``lock.json``.
         summary: The contents of ``summary.json``.
         privacy: The contents of ``privacy.json``, which only private runs have.
+        federated: The contents of ``federated.json``, which only federated runs have.
         missing: For each file that could not be read, why.
     """
 
@@ -36,6 +37,7 @@ class RunRecord:
     lock: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    federated: Mapping[str, Any] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -61,6 +63,7 @@ class RunRecord:
             lock=attempt("lock.json", _mapping, {}),
             summary=attempt("summary.json", _mapping, {}),
             privacy=attempt("privacy.json", _mapping, {}),
+            federated=attempt("federated.json", _mapping, {}),
             missing=missing,
         )
 

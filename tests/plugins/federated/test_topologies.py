@@ -1,4 +1,3 @@
-# ruff: noqa: N806
 """Topologies: doubly stochastic weights, the rate at which they bring nodes together, and graphs that are refused."""
 
 from __future__ import annotations

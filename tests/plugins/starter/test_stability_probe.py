@@ -453,8 +453,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     program.write_text(PROGRAM.format(imported=imported))
     found = []
     for devices in (1, 2):
-        subprocess.run([sys.executable, str(program), str(tmp_path), str(devices)], check=True, capture_output=True,
-                       timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run_warm([sys.executable, program, tmp_path, str(devices)], env=environment, check=True)
         found.append(torch.load(tmp_path / f"{devices}.pt"))
     one, two = found
     assert one.keys() == two.keys() == {0, 2}

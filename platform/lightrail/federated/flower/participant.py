@@ -243,11 +243,13 @@ def _check_plugins(lock: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def _from_catalogue(overrides: Sequence[str], has_own_data: bool) -> tuple[Worker, Mapping[str, Any]]:
-    from lightrail.configuration import compose
-    from lightrail.federated.client_side import client_side
+    from lightrail.federated.rounds import ServerRounds
+    from lightrail.run import compose
     from lightrail.run.lock import lock_of
 
-    side = client_side(overrides)
+    run = compose(overrides)
+    rounds = next(each for each in run.callbacks if isinstance(each, ServerRounds))
+    side: Any = rounds._transport._make()  # type: ignore[attr-defined]
     if has_own_data:
         side.method.partition = Undivided()
-    return side, lock_of(compose(overrides))
+    return side, lock_of(run.composition)
