@@ -9,7 +9,14 @@ from types import ModuleType
 
 import pytest
 
-PACKAGES = ("lightrail", "lightrail_starter", "lightrail_optimizers", "lightrail_schedules", "lightrail_privacy")
+PACKAGES = (
+    "lightrail",
+    "lightrail_starter",
+    "lightrail_optimizers",
+    "lightrail_schedules",
+    "lightrail_privacy",
+    "lightrail_federated",
+)
 
 
 def modules() -> list[str]:

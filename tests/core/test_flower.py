@@ -95,7 +95,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr("lightrail.federated.flower.exchange._LOOK", 0.0)
     monkeypatch.setattr("lightrail.federated.flower.exchange._PAUSE", 0.01)
     for name in ("task_id", "run_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+        setattr(TaskIdentity, name, 1)
     found = Nodes()
     found.nodes = {70 + number: node(number, tmp_path) for number in range(2)}
     return found

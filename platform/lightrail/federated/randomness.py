@@ -39,7 +39,10 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
 def seeded(seed: int) -> Iterator[None]:
     """All generators seeded inside, and as they were outside."""
     outside = RandomState.capture()
-    torch.manual_seed(seed)
+    # torch.manual_seed asks every kind of accelerator, which takes longer than a small step.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:

@@ -98,6 +98,13 @@ def _check_server(method: ServerMethod, name: str, run: Run) -> None:
                 allowed="methods whose clients send one update",
                 remedy="Use federated=fedavg, or leave federated.server_privacy out.",
             )
+        if method.secure_aggregation:
+            raise _refusal(
+                "server privacy together with secure aggregation, since each client's update is clipped at the server",
+                "federated.server_privacy and federated.secure_aggregation",
+                "one of them",
+                "Leave federated.secure_aggregation out.",
+            )
         if has_buffers:
             raise _refusal(
                 "server privacy with statistics of layers, which would leave clients without noise",

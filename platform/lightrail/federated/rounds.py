@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,12 +113,16 @@ class ServerRounds(Rounds):
     """
 
     method: ServerMethod
+    account_before: Path | None = None
+    """The account of privacy that a run which goes on had written."""
 
     def __init__(self, method: ServerMethod, task: LightningModule, seed: int, transport: Transport) -> None:
         super().__init__(method, task, seed)
         self.transport = transport
         self._is_open = False
-        self._answers = Answers(method.compressor, self.model.layout.size, self.model.dtype, method.largest_update)
+        # Whether one client is left out must not depend on the others, where each is to be hidden; its norm is bounded.
+        largest = method.largest_update if method.server_privacy is None else math.inf
+        self._answers = Answers(method.compressor, self.model.layout.size, self.model.dtype, largest)
 
     def begin(self) -> None:
         self._open()
@@ -133,17 +138,16 @@ class ServerRounds(Rounds):
 
     def _horizon(self) -> ClientHorizon:
         method = self.method
-        expected = method.fraction * method.clients
         is_poisson = method.sampling == "poisson"
         return ClientHorizon(
-            method.clients, expected if is_poisson else method.per_round, is_poisson, method.rounds, self.seed
+            method.clients, method.per_round, is_poisson, method.rounds, self.seed, self.account_before
         )
 
     def carry_out(self) -> dict[str, float]:
         self._open()
         assert self.state is not None
         method, round_index = self.method, self.done
-        chosen = method.chosen(round_index, generator_for(self.seed, "chosen", round_index))
+        chosen = self._chosen(round_index)
         message = {**method.message(self.state, round_index)}
         wire = packed({**({} if method.keeps_buffers else self.model.buffers()), **message})
         replies = self.transport.exchange([Order(client, round_index, wire) for client in chosen])
@@ -164,6 +168,12 @@ class ServerRounds(Rounds):
         up = {each.client: nbytes(each.message) for each in replies if not isinstance(each, Failure)}
         self.record.add(round_index, answers, failures, sent=nbytes(wire) * len(chosen), received=up)
         return self._figures_of(answers, failures)
+
+    def _chosen(self, round_index: int) -> list[int]:
+        privacy = self.method.server_privacy
+        if privacy is not None and self.method.sampling == "poisson":
+            return privacy.drawn()
+        return self.method.chosen(round_index, generator_for(self.seed, "chosen", round_index))
 
     def _mean(self, answers: Sequence[Answer]) -> State:
         """The mean of the answers, as the server may see it."""

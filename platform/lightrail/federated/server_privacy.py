@@ -20,7 +20,7 @@ class ClientHorizon:
 
     Args:
         clients: How many there are.
-        expected: Clients of a round, in expectation.
+        expected: Clients of a round, in expectation where each takes part by its own coin.
         is_poisson: Whether each takes part by its own coin; otherwise a fixed number does, which amplifies nothing
             that is accounted for here.
         rounds: Of the whole run.
@@ -29,7 +29,7 @@ class ClientHorizon:
     """
 
     clients: int
-    expected: float
+    expected: int
     is_poisson: bool
     rounds: int
     seed: int

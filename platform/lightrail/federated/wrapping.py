@@ -62,7 +62,10 @@ def _rounds(method: FederatedMethod, run: Run, side: ClientSide) -> Rounds:
     if isinstance(method, DecentralisedMethod):
         return GossipRounds(method, run.task, side)
     assert isinstance(method, ServerMethod)
-    return ServerRounds(method, run.task, side.seed, _transport(method, run, side))
+    rounds = ServerRounds(method, run.task, side.seed, _transport(method, run, side))
+    if run.resumed is not None and run.resumed.folder is not None:
+        rounds.account_before = run.resumed.folder.path / "privacy.json"
+    return rounds
 
 
 def _transport(method: ServerMethod, run: Run, side: ClientSide) -> Transport:

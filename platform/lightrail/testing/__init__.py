@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightrail.testing.batching import BatchingSuite
+    from lightrail.testing.compressor import CompressorSuite
     from lightrail.testing.data import DataSuite
     from lightrail.testing.denoiser import DenoiserSuite
+    from lightrail.testing.federated import FederatedSuite
     from lightrail.testing.guidance import GuidanceSuite
     from lightrail.testing.installed import Case, installed_cases
     from lightrail.testing.measurement import MeasurementSuite
     from lightrail.testing.model import ModelSuite
     from lightrail.testing.optimizer import OptimizerSuite
+    from lightrail.testing.partition import PartitionSuite
     from lightrail.testing.privacy import PrivacySuite
     from lightrail.testing.sampler import SamplerSuite
     from lightrail.testing.sampler_wrapper import SamplerWrapperSuite
@@ -27,13 +30,16 @@ if TYPE_CHECKING:
     from lightrail.testing.suite import NonConformance, NotApplicable, Outcome, Suite, examine
     from lightrail.testing.task import TaskSuite
     from lightrail.testing.time_grid import TimeGridSuite
+    from lightrail.testing.topology import TopologySuite
     from lightrail.testing.transform import TransformSuite
 
 __all__ = [
     "BatchingSuite",
     "Case",
+    "CompressorSuite",
     "DataSuite",
     "DenoiserSuite",
+    "FederatedSuite",
     "GuidanceSuite",
     "MeasurementSuite",
     "ModelSuite",
@@ -41,6 +47,7 @@ __all__ = [
     "NotApplicable",
     "OptimizerSuite",
     "Outcome",
+    "PartitionSuite",
     "PrivacySuite",
     "SamplerSuite",
     "SamplerWrapperSuite",
@@ -49,12 +56,17 @@ __all__ = [
     "Suite",
     "TaskSuite",
     "TimeGridSuite",
+    "TopologySuite",
     "TransformSuite",
     "examine",
     "installed_cases",
 ]
 
 _HOMES = {
+    "TopologySuite": "topology",
+    "PartitionSuite": "partition",
+    "FederatedSuite": "federated",
+    "CompressorSuite": "compressor",
     "Case": "installed",
     "DataSuite": "data",
     "DenoiserSuite": "denoiser",

@@ -1,4 +1,4 @@
-"""Conformance of federated and decentralised methods: in rounds of a few clients, on problems small enough to repeat."""
+"""Conformance of federated and decentralised methods: in a few rounds, on problems small enough to repeat."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def check_carries_out_rounds(plugin: Any, options: Options) -> None:
     require(all(bool(x.isfinite().all()) for x in found), "the model is not finite after a few rounds")
     require(not torch.equal(found[-1], before), "rounds do not move the model")
     state = rounds.state
-    require(state is not None and all(isinstance(v, Tensor) for v in state.values()), "its state is not tensors by name")
+    require(state is not None, "it keeps no state")
+    require(all(isinstance(v, Tensor) for v in (state or {}).values()), "its state is not tensors by name")
     require(any(each["sent"] for each in rounds.record.rounds), "no bytes are counted in any round")
     for name, value in rounds.logged().items():
         require(isinstance(value, int | float), f"logged() holds {name!r}: {value!r}")

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightrail.catalogue import import_target, load
 from lightrail.federated.partition import Partition, Samples
 from lightrail.federated.rounds import Rounds
 from lightrail.federated.topology import Topology
@@ -226,7 +227,10 @@ def composed_rounds(folder: Path, *overrides: str) -> tuple[Run, Rounds]:
         The run and its rounds.
     """
     here = __name__
-    defaults = [f"task={here}.Quadratic", f"data={here}.ClientPoints", "model=null", "optimizer=sgd", "schedule=null"]
+    defaults = [f"task={here}.Quadratic", f"data={here}.ClientPoints", "model=null", "schedule=null"]
+    name = next(each.partition("=")[2] for each in overrides if each.lstrip("+").startswith("federated="))
+    if (import_target(name) if "." in name else load("federated", name)).runs_optimizer:
+        defaults.append("optimizer=sgd")
     common = ["logger=[]", f"run.root={folder}", "trainer.accelerator=cpu"]
     run = compose([*defaults, *common, *overrides])
     assert run.data is not None

@@ -30,6 +30,10 @@ SUITES = {
     "guidance": "lightrail.testing.guidance:GuidanceSuite",
     "measurement": "lightrail.testing.measurement:MeasurementSuite",
     "privacy": "lightrail.testing.privacy:PrivacySuite",
+    "federated": "lightrail.testing.federated:FederatedSuite",
+    "compressor": "lightrail.testing.compressor:CompressorSuite",
+    "partition": "lightrail.testing.partition:PartitionSuite",
+    "topology": "lightrail.testing.topology:TopologySuite",
 }
 
 

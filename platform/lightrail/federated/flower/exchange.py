@@ -142,6 +142,10 @@ class FlowerTransport:
                 time.sleep(_PAUSE)
         return answers
 
+    def about(self) -> dict[str, Any]:
+        """Nothing: what clients have is theirs to tell."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The run's name among clients, and which of their states counted."""
         return {"run": self._run, "counted": dict(self._counted)}

@@ -18,7 +18,8 @@ from lightrail.errors import CheckpointError, CompositionError, ConfigurationErr
 from lightrail.federated.flower.records import Parcel, whole
 from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.partition import Partition, Samples
-from lightrail.federated.transport import Order, Reply, Worker
+from lightrail.federated.transport import Failure, Order, Reply, Worker
+from lightrail.federated.wire import Wire
 
 __all__ = ["Factory", "Participant", "Undivided", "Workshop", "check_own", "merged", "version_differences"]
 
@@ -242,14 +243,49 @@ def _check_plugins(lock: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _from_catalogue(overrides: Sequence[str], has_own_data: bool) -> tuple[Worker, Mapping[str, Any]]:
-    from lightrail.federated.rounds import ServerRounds
-    from lightrail.run import compose
-    from lightrail.run.lock import lock_of
+class FromCatalogue:
+    """Works as the clients of a run in one process do.
 
-    run = compose(overrides)
-    rounds = next(each for each in run.callbacks if isinstance(each, ServerRounds))
-    side: Any = rounds._transport._make()  # type: ignore[attr-defined]
-    if has_own_data:
-        side.method.partition = Undivided()
-    return side, lock_of(run.composition)
+    Args:
+        overrides: What the run is composed of.
+        has_own_data: Whether all its data is this client's.
+
+    Raises:
+        UserError: It cannot be composed here.
+        CompositionError: It has no server.
+    """
+
+    def __init__(self, overrides: Sequence[str], *, has_own_data: bool) -> None:
+        from lightrail.federated.rounds import ServerRounds
+        from lightrail.run import compose
+        from lightrail.run.lock import lock_of
+
+        run = compose(overrides)
+        rounds = next((each for each in run.callbacks if isinstance(each, ServerRounds)), None)
+        if rounds is None:
+            raise CompositionError(
+                "the run has no server whose clients could be elsewhere",
+                found=" ".join(overrides),
+                allowed="a run with a federated method that has a server, such as fedavg",
+                remedy="Start the server with +federated=fedavg.",
+            )
+        if has_own_data:
+            rounds.method.partition = Undivided()
+        self._transport = rounds.transport
+        self._transport.open(rounds.method.clients)
+        self.lock = lock_of(run.composition)
+
+    def work(self, order: Order, state: Wire) -> tuple[Reply, Wire]:
+        self._transport.load_state_dict({"states": {order.client: state}})
+        answer = self._transport.exchange([order])[0]
+        if isinstance(answer, Failure):
+            raise answer.error or RuntimeError(answer.reason)
+        return answer, self._transport.state_dict()["states"].get(order.client, {})
+
+    def about(self) -> dict[str, Any]:
+        return self._transport.about()
+
+
+def _from_catalogue(overrides: Sequence[str], has_own_data: bool) -> tuple[Worker, Mapping[str, Any]]:
+    made = FromCatalogue(overrides, has_own_data=has_own_data)
+    return made, made.lock
