@@ -1,4 +1,4 @@
-"""Modules that tests share lie beside them, and the cache of signatures is the tests' own."""
+"""Modules that tests share lie beside them, the cache of signatures is the tests' own, and seeding is quick."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 os.environ.setdefault("LIGHTRAIL_CACHE", tempfile.mkdtemp(prefix="lightrail-cache-"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeding_is_quick() -> None:
+    """Without a device, ``torch.manual_seed`` keeps each seed for later with the whole stack: milliseconds a call."""
+    torch = pytest.importorskip("torch")
+    for device in ("cuda", "xpu", "mtia"):
+        backend = getattr(torch, device, None)
+        if backend is not None and not backend.is_available():
+            backend.manual_seed_all = lambda seed: None

@@ -21,8 +21,8 @@ class AverageDirectionSAM(Transform):
 
     g = 1/(2m) Σ_j (∇L(x + ε_j) + ∇L(x - ε_j)),   ε_j ~ N(0, ρ²I):   an estimate of ∇E L(x + ε).
 
-    For losses of third order a pair gives ∇L(x) + ½ ∇³L : εεᵀ exactly: the pull away from sharp places alone, since what
-    is of first order in ε cancels.
+    For losses of third order a pair gives ∇L(x) + ½ ∇³L : εεᵀ exactly: the pull away from sharp places alone, since
+    what is of first order in ε cancels.
 
     Args:
         rho: ρ, the standard deviation of each entry of ε, at least 0; 0 leaves the gradient as it is.

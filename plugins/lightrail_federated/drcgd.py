@@ -69,8 +69,8 @@ class DRCGD(DecentralisedMethod):
     g = P_T(∇f_i(x)),   η ← -g + β P_T(Σ_j Wᵗ_ij η_j),   β = ‖g‖²/‖g'‖²,
     x_i ← P_M(Σ_j Wᵗ_ij x_j + α η_i),
 
-    with P_M(Y) = U Vᵀ of Y's singular value decomposition and P_T(Y) = Y - x sym(xᵀY); no retraction, no transport. With
-    β = 0 it is decentralised projected Riemannian gradient descent. Parameters that are not named are moved without
+    with P_M(Y) = U Vᵀ of Y's singular value decomposition and P_T(Y) = Y - x sym(xᵀY); no retraction, no transport.
+    With β = 0 it is decentralised projected Riemannian gradient descent. Parameters not named are moved without
     projections. The run's model is the projection of the mean.
 
     Args:
@@ -82,8 +82,8 @@ class DRCGD(DecentralisedMethod):
         beta_cap: The greatest β, positive; null for none.
         full: Whether gradients are those of all of a node's samples; conjugacy means little on batches.
 
-    Deviations: the step is constant, where the theory asks for a line search. With a constant step and no cap, β = ‖g‖²/
-    ‖g'‖² is slower than gradient descent; hence the cap. What the weights start from is projected.
+    Deviations: the step is constant, where the theory asks for a line search. With a constant step and no cap,
+    β = ‖g‖²/‖g'‖² is slower than gradient descent; hence the cap. What the weights start from is projected.
 
     Example:
         >>> from lightrail import compose

@@ -104,7 +104,7 @@ class FSGLD(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fsgld", "federated.clients=4", "federated.lr=1e-5", "logger=[]"]
-        >>> compose(run).config.federated.lr  # doctest: +SKIP
+        >>> compose(run).config.federated.lr
         1e-05
 
     Reference:

@@ -159,17 +159,17 @@ class GGEUR(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=ggeur", "federated.clients=4", "federated.samples_per_class=100", "logger=[]"]
-        >>> compose(run).config.federated.samples_per_class  # doctest: +SKIP
+        >>> compose(run).config.federated.samples_per_class
         100
 
     Reference:
-        Geometric Knowledge-Guided Localized Global Distribution Alignment for Federated Learning, CVPR 2025.
-        arXiv 2503.06457.
+        Y. Ma, W. Dai, W. Huang and J. Chen, Geometric Knowledge-Guided Localized Global Distribution Alignment for
+        Federated Learning, CVPR 2025. arXiv 2503.06457.
     """
 
     traits: ClassVar[Traits] = Traits(
         rule="Σ_c pooled over clients; train on x and x + N(0, Σ_c), M a class; federated averaging",
-        paper="2025, Geometric Knowledge-Guided Localized Global Distribution Alignment for Federated Learning, "
+        paper="Ma et al. 2025, Geometric Knowledge-Guided Localized Global Distribution Alignment for Federated Learning, "
         "arXiv 2503.06457",
         is_stochastic=True,
         example={"clients": 4, "rounds": 4, "classes": 10, "samples_per_class": 20},

@@ -128,7 +128,7 @@ class ProxSkipVIP(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=proxskip_vip", "federated.clients=4", "federated.p=0.5", "logger=[]"]
-        >>> compose(run).config.federated.p  # doctest: +SKIP
+        >>> compose(run).config.federated.p
         0.5
 
     Reference:

@@ -74,8 +74,8 @@ class SRRW(DecentralisedMethod):
     X⁺ ∝ P_{X,j} (x_j/μ_j)^{-α},   x ← x + γ_k(δ_{X⁺} - x),   θ ← θ - η β_k ∇f_{X⁺}(θ),
     γ_k = (k + 1)^{-a},   β_k = (k + 1)^{-b},   k = 1, 2, …,
 
-    with P the Metropolis-Hastings walk, whose visits are uniform (μ_j = 1/n). The more the walk avoids what it has seen,
-    the less its steps vary: the covariance of θ around the optimum falls as 1/α².
+    with P the Metropolis-Hastings walk, whose visits are uniform (μ_j = 1/n). The more the walk avoids what it has
+    seen, the less its steps vary: the covariance of θ around the optimum falls as 1/α².
 
     Args:
         lr: η, positive.

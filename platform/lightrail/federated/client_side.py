@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightrail.errors import CompositionError, DataError
 from lightrail.federated.client import Client
+from lightrail.federated.client_privacy import ACCOUNT, ClientPrivacy
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, ServerMethod
 from lightrail.federated.partition import Samples
@@ -213,30 +214,34 @@ class ClientSide:
         """What a report says of the clients."""
         return {"clients": self.method.clients, "samples": self.data.counts()}
 
-    def client(self, number: int, round_index: int) -> Client:
+    def client(self, number: int, round_index: int, run: Run | None = None) -> Client:
         """One client in one round.
 
         Args:
             number: Of the client.
             round_index: From 0.
+            run: That of its visits, where it is not the one of all clients.
         """
+        run = self.run if run is None else run
         return Client(
             number,
             round_index,
             self.data.sizes[number],
             self.model,
-            lambda steps, loader: self._visit(number, round_index, steps, loader),
+            lambda steps, loader: self._visit(run, number, round_index, steps, loader),
             lambda shuffled: self.data.loader(number, shuffled=shuffled),
             generator_for(self.seed, "method", round_index, number),
             self.method.compressor,
         )
 
-    def _visit(self, number: int, round_index: int, steps: int | None, loader: DataLoader[Any] | None) -> Visit:
+    def _visit(
+        self, run: Run, number: int, round_index: int, steps: int | None, loader: DataLoader[Any] | None
+    ) -> Visit:
         method = self.method
         epochs = method.local_epochs if isinstance(method, ServerMethod) else 1
         own = method.local_steps if isinstance(method, ServerMethod) else 1
         return Visit(
-            self.run,
+            run,
             self.data.loader(number, shuffled=True) if loader is None else loader,
             epochs=epochs,
             steps=own if steps is None else steps,
@@ -259,12 +264,21 @@ class ClientSide:
         began = time.monotonic()
         message = unpacked(order.message, method.compressor, self.model.layout.size, self.model.dtype)
         with seeded(seed_for(self.seed, "client", order.round, order.client)):
-            client = self.client(order.client, order.round)
+            privacy, account = self._privacy, state.get(ACCOUNT)
+            run = self.run if privacy is None else privacy.visited(order.client, account)
+            client = self.client(order.client, order.round, run)
             self._receive(message, state)
-            payload, state = method.client(client, message, dict(state))
+            payload, state = method.client(client, message, {k: v for k, v in state.items() if k != ACCOUNT})
             payload, state = self._with_buffers(dict(payload), dict(state))
+            metrics = dict(client.metrics)
+            if privacy is not None:
+                metrics, state = privacy.accounted(metrics, run, state, account)
         seconds = time.monotonic() - began
-        return Reply(order.client, packed(payload), client.samples, dict(client.metrics), seconds), state
+        return Reply(order.client, packed(payload), client.samples, metrics, seconds), state
+
+    @cached_property
+    def _privacy(self) -> ClientPrivacy | None:
+        return None if self.run.privacy is None else ClientPrivacy(self.run, self.method.rounds)
 
     def _receive(self, message: dict[str, Tensor], state: Wire) -> None:
         """The model as the server sent it; statistics of layers are the client's own where the method keeps them."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightrail.errors import CompositionError
 from lightrail.federated.answers import Answer, Answers
+from lightrail.federated.client_privacy import worst_ledger
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, Heard, ServerMethod, State
 from lightrail.federated.randomness import generator_for
@@ -120,6 +121,7 @@ class ServerRounds(Rounds):
         super().__init__(method, task, seed)
         self.transport = transport
         self._is_open = False
+        self._worst = 0.0  # epsilon of the client whose own steps have spent most
         # Whether one client is left out must not depend on the others, where each is to be hidden; its norm is bounded.
         largest = method.largest_update if method.server_privacy is None else math.inf
         self._answers = Answers(method.compressor, self.model.layout.size, self.model.dtype, largest)
@@ -214,6 +216,10 @@ class ServerRounds(Rounds):
         losses = [each.metrics["loss"] for each in answers if "loss" in each.metrics]
         if losses:
             figures |= {"client_loss_min": min(losses), "client_loss_max": max(losses)}
+        if all("epsilon" in each.metrics for each in answers):
+            self._worst = max([self._worst, *(each.metrics["epsilon"] for each in answers)])
+        if self._worst:
+            figures["epsilon"] = self._worst
         last = self.record.last
         figures |= {
             "clients": len(answers),
@@ -232,6 +238,9 @@ class ServerRounds(Rounds):
 
     def write(self, folder: Path) -> None:
         super().write(folder)
+        ledger = worst_ledger(self.transport.state_dict().get("states", {}))
+        if ledger is not None:
+            ledger.write(folder / "privacy.json")
         if self.method.server_privacy is not None and self.state is not None:
             self.method.server_privacy.ledger().write(folder / "privacy.json")
 
@@ -239,12 +248,14 @@ class ServerRounds(Rounds):
         privacy = self.method.server_privacy
         return {
             **super().state_dict(),
+            "worst": self._worst,
             "clients": self.transport.state_dict(),
             "privacy": None if privacy is None or self.state is None else privacy.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._worst = state_dict["worst"]
         self._open()
         self.transport.load_state_dict(state_dict["clients"])
         if self.method.server_privacy is not None and state_dict["privacy"] is not None:

@@ -109,8 +109,13 @@ class PrivacyEngine:
             # Dropout masks of a public seed would tell which place in its batch a sample had.
             RandomState.forget_seed()
         if self._trainer.is_global_zero:
-            announce(self.ledger)
+            self.announce()
         return horizon.steps
+
+    def announce(self) -> None:
+        """Says what the run will cost."""
+        assert self.ledger is not None
+        announce(self.ledger)
 
     def _steps(self, steps_in_epoch: int, most_steps: int | None) -> int:
         trainer = self._trainer

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from lightrail.catalogue import import_target
+from lightrail.catalogue import available, import_target
 from lightrail.configuration import Chosen, Composition
 from lightrail.errors import CompositionError
+from lightrail.kinds import KINDS
 from lightrail.traits import Traits, traits_of
 
 __all__ = ["Resolved", "resolve"]
@@ -62,6 +63,7 @@ def resolve(composition: Composition) -> Resolved:
     _check_devices(trainer)
     _check_batching(chosen, trainer)
     _check_evaluation_points(methods)
+    _check_parts(chosen)
     task = next((each for each in chosen if each.kind == "task"), None)
     if task is None:
         raise CompositionError(
@@ -76,6 +78,20 @@ def resolve(composition: Composition) -> Resolved:
     for each in chosen:
         grouped[each.kind] = (*grouped.get(each.kind, ()), each)
     return Resolved(grouped, objects, tuple(notes))
+
+
+def _check_parts(chosen: Sequence[Chosen]) -> None:
+    """What belongs within another kind does nothing without it."""
+    kinds = {each.kind for each in chosen}
+    for each in chosen:
+        owner = KINDS[each.kind].within
+        if owner is not None and owner not in kinds:
+            raise CompositionError(
+                f"{each.kind} '{each.name}' does nothing without a {owner} method",
+                found=f"{owner}.{each.kind}={each.name}",
+                allowed=f"with {owner}=NAME; installed: {', '.join(available(owner)) or 'none'}",
+                remedy=f"Choose one with +{owner}=NAME, or leave {each.kind} out.",
+            )
 
 
 def _check_precision(methods: Sequence[tuple[Chosen, Traits]], precision: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from warm_process import run_warm  # type: ignore[import-not-found]
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.testing.quiet_trainer import quiet_trainer
