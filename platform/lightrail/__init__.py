@@ -13,6 +13,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightrail.catalogue import available, load
     from lightrail.errors import LightrailError, UserError
+    from lightrail.federated import (
+        Client,
+        Compressor,
+        DecentralisedMethod,
+        Gossip,
+        Partition,
+        ServerMethod,
+        ServerPrivacy,
+        Topology,
+    )
     from lightrail.generation import Denoiser, Guidance, Measurement, Sampler, SamplerWrapper, TimeGrid
     from lightrail.generation.search import Search
     from lightrail.generation.text import TokenSampler
@@ -25,13 +35,18 @@ if TYPE_CHECKING:
 __all__ = [
     "Batching",
     "Claim",
+    "Client",
     "Closure",
     "CombinedOptimizer",
+    "Compressor",
+    "DecentralisedMethod",
     "Denoiser",
     "Extent",
+    "Gossip",
     "Guidance",
     "LightrailError",
     "Measurement",
+    "Partition",
     "Peer",
     "Portion",
     "PrivacyMethod",
@@ -42,8 +57,11 @@ __all__ = [
     "SamplerWrapper",
     "SamplingClaim",
     "Search",
+    "ServerMethod",
+    "ServerPrivacy",
     "TimeGrid",
     "TokenSampler",
+    "Topology",
     "Traits",
     "Transform",
     "TransformedOptimizer",
@@ -56,13 +74,18 @@ __all__ = [
 _HOMES = {
     "Batching": "lightrail.step",
     "Claim": "lightrail.traits",
+    "Client": "lightrail.federated",
     "Closure": "lightrail.step",
     "CombinedOptimizer": "lightrail.step",
+    "Compressor": "lightrail.federated",
+    "DecentralisedMethod": "lightrail.federated",
     "Denoiser": "lightrail.generation",
     "Extent": "lightrail.step",
+    "Gossip": "lightrail.federated",
     "Guidance": "lightrail.generation",
     "LightrailError": "lightrail.errors",
     "Measurement": "lightrail.generation",
+    "Partition": "lightrail.federated",
     "Peer": "lightrail.traits",
     "Portion": "lightrail.step",
     "PrivacyMethod": "lightrail.privacy",
@@ -73,8 +96,11 @@ _HOMES = {
     "SamplerWrapper": "lightrail.generation",
     "SamplingClaim": "lightrail.traits",
     "Search": "lightrail.generation.search",
+    "ServerMethod": "lightrail.federated",
+    "ServerPrivacy": "lightrail.federated",
     "TimeGrid": "lightrail.generation",
     "TokenSampler": "lightrail.generation.text",
+    "Topology": "lightrail.federated",
     "Traits": "lightrail.traits",
     "Transform": "lightrail.step",
     "TransformedOptimizer": "lightrail.step",

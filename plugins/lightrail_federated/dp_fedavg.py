@@ -15,7 +15,7 @@ from lightrail.options import between, non_negative, positive
 from lightrail.privacy.accounting import calibrated, checked_accountant, epsilon_of
 from lightrail.privacy.announcement import announce
 from lightrail.privacy.continuation import all_spent
-from lightrail.privacy.events import Event
+from lightrail.privacy.events import Event, joined
 from lightrail.privacy.ledger import ADD_OR_REMOVE, ZERO_OUT, Ledger, check_delta, default_delta
 from lightrail.privacy.noise import DeterministicNoise, NoiseSource, SystemNoise
 from lightrail.privacy.refusals import check_budget, check_continuation
@@ -94,7 +94,8 @@ class DPFedAvg(ServerPrivacy):
         deterministic_noise: Noise and coins from the run's seed, for debugging: the run is then marked as not private.
 
     Raises:
-        ConfigurationError: An option is out of range, both a target and a noise are given, or no noise meets the target.
+        ConfigurationError: An option is out of range, both a target and a noise are given, or no noise meets the
+            target.
         CheckpointError: A run that goes on would exceed its target.
 
     Guarantees:
@@ -189,6 +190,11 @@ class DPFedAvg(ServerPrivacy):
     def _new_ledger(self, z: float, planned: list[Event]) -> Ledger:
         horizon = self._horizon
         are_all = horizon.expected == horizon.clients
+        fixed = (
+            []
+            if horizon.is_poisson or are_all
+            else ["So many clients take part in every round, which amplifies nothing: each round counts as if all did."]
+        )
         return Ledger(
             delta=self._delta(),
             noise=z,
@@ -205,6 +211,7 @@ class DPFedAvg(ServerPrivacy):
                 "The guarantee covers the weights that the server releases; it sees each client's update. Figures of "
                 "the clients' training, and the record of who took part in which round, are not covered.",
                 f"Noise: {self._source.name}.",
+                *fixed,
             ],
         )
 
@@ -213,10 +220,10 @@ class DPFedAvg(ServerPrivacy):
         z = before.noise if self.noise is None else self.noise
         assert z is not None
         left = max(0, self._horizon.rounds - sum(event.steps for event in before.events))
-        spent, remarks = all_spent(before, self._horizon.written)
-        ledger = self._new_ledger(z, [*spent, self._rounds_of(z, left)])
+        ledger = self._new_ledger(z, [self._rounds_of(z, left)])
         check_continuation(before, ledger)
-        ledger.events = spent
+        ledger.events, remarks = all_spent(before, self._horizon.written)
+        ledger.planned = joined([*ledger.events, *ledger.planned])
         ledger.is_private = ledger.is_private and before.is_private
         ledger.assumptions = list(dict.fromkeys([*before.assumptions, *ledger.assumptions, *remarks]))
         check_budget(ledger, self.epsilon, self._horizon.rounds)

@@ -59,6 +59,11 @@ class DProxSGT(DecentralisedMethod):
         rule="y ← W(y + g - g'); x ← W prox(x - ηy)",
         paper=_PAPER,
         example={"nodes": 4, "rounds": 2, "lr": 0.05},
+        verified=(
+            "8 different quadratics on a ring end 3e-16 from the optimum, where decentralised SGD ends 0.23 from it.",
+            "The mean of y is the mean of g to 1e-15.",
+            "With λ = 0.3 the point where nodes agree is a fixed point of the proximal gradient step to 5e-17.",
+        ),
     )
     compressors: ClassVar = "none"
     runs_optimizer: ClassVar[bool] = False
@@ -115,6 +120,11 @@ class CDProxSGT(DProxSGT):
         rule="v̂ ← v̂ + C(v½ - v̂); v ← v½ + γ(W v̂ - v̂), for v = y and x",
         paper=_PAPER,
         example={"nodes": 4, "rounds": 2, "lr": 0.05},
+        verified=(
+            "With 2 of 5 numbers sent (γ_x = 0.4, γ_y = 0.8) nodes end 7e-16 from the optimum, with 1 of 5 (0.3, 0.3)"
+            " 2e-14; with 1 of 5 and γ_y = 0.8 they diverge.",
+            "With nothing compressed and γ = 1 it is dprox_sgt to 2e-16.",
+        ),
     )
     compressors: ClassVar = "contractive"
 

@@ -101,6 +101,11 @@ class DRCGD(DecentralisedMethod):
         paper="Chen et al. 2024, Decentralized Riemannian Conjugate Gradient Method, ICLR, arXiv 2308.10547",
         needs_whole_tensors=True,
         example={"nodes": 4, "rounds": 2, "lr": 0.05},
+        verified=(
+            "Three principal components of 20, 8 nodes on a ring, t = 10, α = 0.02: 112 rounds to a gradient of 2e-2,"
+            " 1001 without conjugacy, more than 3000 without the cap; α = 0.2: 61, 107, more than 3000.",
+            "xᵀx = I to 2e-15.",
+        ),
     )
     compressors: ClassVar = "none"
     runs_optimizer: ClassVar[bool] = False

@@ -117,6 +117,14 @@ class FSGLD(ServerMethod):
         paper="El Mekkaoui et al. 2021, Federated Stochastic Gradient Langevin Dynamics, arXiv 2004.11231",
         is_stochastic=True,
         example={"clients": 4, "rounds": 3, "lr": 1e-5},
+        verified=(
+            "Five clients with 200 numbers each around -4 to 4, batches of 10, lr 1e-4, a posterior with deviation 0.0316: "
+            "samples of 1000 chains have 0.059 with surrogates and 2.94 without in visits of 200 steps, 0.060 and 0.47 in "
+            "visits of one.",
+        ),
+        exceptions={
+            "goes_on_without_a_client": "it visits one client at a time, and a round without that one is none",
+        },
     )
     compressors: ClassVar[Literal["none"]] = "none"
     weighting: ClassVar[Literal["uniform"]] = "uniform"

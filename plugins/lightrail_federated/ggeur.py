@@ -169,8 +169,8 @@ class GGEUR(ServerMethod):
 
     traits: ClassVar[Traits] = Traits(
         rule="Σ_c pooled over clients; train on x and x + N(0, Σ_c), M a class; federated averaging",
-        paper="Ma et al. 2025, Geometric Knowledge-Guided Localized Global Distribution Alignment for Federated Learning, "
-        "arXiv 2503.06457",
+        paper="Ma et al. 2025, Geometric Knowledge-Guided Localized Global Distribution Alignment for "
+        "Federated Learning, arXiv 2503.06457",
         is_stochastic=True,
         example={"clients": 4, "rounds": 4, "classes": 10, "samples_per_class": 20},
     )

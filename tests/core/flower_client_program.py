@@ -1,8 +1,7 @@
-"""A client of a federated run that stops to work in one round: ADDRESS NUMBER FOLDER [ROUND MARKER]."""
+"""A client of a federated run that stops to work in one round, as a process of its own."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -24,13 +23,19 @@ class Stalls:
             time.sleep(600)
         return self.worker.work(order, state)
 
+    def about(self) -> dict[str, object]:
+        return self.worker.about()
+
 
 class StallingWorkshop(Workshop):
+    def __init__(self, round_index: int, marker: Path) -> None:
+        super().__init__()
+        self.round, self.marker = round_index, marker
+
     def worker_for(self, words: dict[str, str]) -> Worker:  # type: ignore[override]
-        worker = super().worker_for(words)
-        return Stalls(worker, int(sys.argv[4]), Path(sys.argv[5])) if len(sys.argv) > 4 else worker
+        return Stalls(super().worker_for(words), self.round, self.marker)
 
 
-if __name__ == "__main__":
-    number = int(sys.argv[2])
-    serve(Participant(number, Path(sys.argv[3]), StallingWorkshop()), Connection(sys.argv[1]))
+def take_part(address: str, number: int, folder: Path, stalls_in: int) -> None:
+    workshop = StallingWorkshop(stalls_in, folder / f"stalled-{number}")
+    serve(Participant(number, folder / f"client-{number}", workshop), Connection(address))

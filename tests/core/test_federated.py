@@ -151,6 +151,22 @@ def test_what_compression_drops_is_kept_for_the_next_round(tmp_path: Path) -> No
         assert torch.equal(error[error != 0], message["update"][error != 0])
 
 
+def test_with_ef21_client_and_server_keep_the_same_copy(tmp_path: Path) -> None:
+    options = ("federated.compressor=top_k", "federated.compressor.ratio=0.4", "federated.feedback=ef21")
+    rounds = quadratic(tmp_path, *options)
+    for round_index in range(4):
+        if round_index == 2:
+            spoiled(rounds, 3, lambda r: Failure(r.client, "no answer"))
+        if round_index == 3:
+            rounds.transport = rounds.transport._inner  # type: ignore[attr-defined]
+        rounds.step()
+    known = rounds.state_dict()["estimates"]
+    states = rounds.transport.state_dict()["states"]
+    assert len(known) == 10
+    for client, vectors in known.items():
+        assert torch.equal(vectors["update"], states[client]["estimate of update"])
+
+
 def test_secure_aggregation_gives_the_same_mean(tmp_path: Path) -> None:
     plain, secure = quadratic(tmp_path), quadratic(tmp_path, "federated.secure_aggregation=true")
     plain.step(), secure.step()

@@ -19,6 +19,7 @@ BENCHES = {
     "samplers": "how exact samplers are under a budget of evaluations and what their steps cost, beside diffusers",
     "guidance": "what guidance costs beside the evaluations that it asks for, as a share of a network's own time",
     "privacy": "what a private step takes in time and memory, beside plain training and every mode of Opacus",
+    "federated": "how long a round takes, beside plain training and beside Flower's simulation",
     "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightrail.federated.compressor import Compressor
 from lightrail.federated.transport import Failure, Reply
-from lightrail.federated.wire import unpacked
+from lightrail.federated.wire import compressed_names, unpacked
 
 __all__ = ["Answer", "Answers"]
 
@@ -25,12 +25,14 @@ class Answer:
         vectors: What it sent, by name.
         samples: How many it has.
         metrics: Figures of its training.
+        compressed: Which of the vectors were compressed.
     """
 
     client: int
     vectors: Mapping[str, Tensor]
     samples: int
     metrics: Mapping[str, float]
+    compressed: frozenset[str] = frozenset()
 
 
 class Answers:
@@ -73,7 +75,7 @@ class Answers:
         if type(reply.samples) is not int or reply.samples < 1:
             raise ValueError(f"it says that it has {reply.samples!r} samples")
         metrics = {name: float(value) for name, value in reply.metrics.items()}
-        return Answer(reply.client, vectors, reply.samples, metrics)
+        return Answer(reply.client, vectors, reply.samples, metrics, compressed_names(reply.message))
 
     def _of_usual_names(self, answers: list[Answer]) -> tuple[list[Answer], list[Failure]]:
         """Without those whose vectors have other names, shapes or types than most."""

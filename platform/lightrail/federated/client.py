@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightrail.federated.compressor import Compressor, Encoded
-from lightrail.federated.feedback import error_feedback
+from lightrail.federated.feedback import ef21, error_feedback
 from lightrail.federated.local_model import Layout, LocalModel
 from lightrail.federated.visit import Trained, Visit
 from lightrail.step.transform import Transform
 
-__all__ = ["Client"]
+__all__ = ["ESTIMATE", "Client"]
+
+ESTIMATE = "estimate of "  # how a client's state names what the server has of a vector
 
 
 class Client:
@@ -30,6 +33,7 @@ class Client:
         loader: Makes a loader of its samples: of the training's batch size, or of all in order.
         generator: Where a method's own random numbers come from; seeded by run, round and client.
         compressor: What is put around each vector that is sent; ``None`` for nothing.
+        feedback: What becomes of what it left out: ``ef``, ``ef21`` or ``none``.
     """
 
     def __init__(
@@ -42,12 +46,13 @@ class Client:
         loader: Callable[[bool], DataLoader[Any]],
         generator: torch.Generator,
         compressor: Compressor | None,
+        feedback: str = "ef",
     ) -> None:
         self.number, self.round, self.samples = number, round_index, samples
         self.generator = generator
         self.metrics: dict[str, float] = {}
         self._model, self._visit, self._loader = model, visit, loader
-        self._compressor = compressor
+        self._compressor, self._feedback = compressor, feedback
         self._batches: Iterator[Any] | None = None
 
     @property
@@ -128,24 +133,23 @@ class Client:
         return total / count, mean / count
 
     def compressed(self, name: str, vector: Tensor, state: dict[str, Tensor]) -> Tensor | Encoded:
-        """A vector as it is sent: as it is, or compressed, with the error fed back where a compressor is biased.
+        """A vector as it is sent: as it is, or compressed, with what was left out fed back as the run says.
 
         Args:
             name: Of the vector, under which its error is kept.
             vector: ``[d]``.
             state: The client's, in which the error is read and written.
         """
-        if self._compressor is None:
+        compressor = self._compressor
+        if compressor is None:
             return vector
-        if self._compressor.is_unbiased:
-            return self._compressor.compress(vector, self.generator)
+        compress = partial(compressor.compress, generator=self.generator)
+        if self._feedback == "ef21":
+            key = f"{ESTIMATE}{name}"
+            encoded, state[key] = ef21(vector, state.get(key, torch.zeros_like(vector)), compress)
+            return encoded
+        if compressor.is_unbiased or self._feedback == "none":
+            return compress(vector)
         key = f"error of {name}"
-        error = state.get(key, torch.zeros_like(vector))
-        encoded: list[Encoded] = []
-
-        def compress(x: Tensor) -> Tensor:
-            encoded.append(self._compressor.compress(x, self.generator))  # type: ignore[union-attr]
-            return encoded[0].decoded()
-
-        state[key] = error_feedback(vector, error, compress)[1]
-        return encoded[0]
+        encoded, state[key] = error_feedback(vector, state.get(key, torch.zeros_like(vector)), compress)
+        return encoded

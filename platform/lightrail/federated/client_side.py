@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lightrail.errors import CompositionError, DataError
-from lightrail.federated.client import Client
+from lightrail.federated.client import ESTIMATE, Client
 from lightrail.federated.client_privacy import ACCOUNT, ClientPrivacy
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, ServerMethod
@@ -23,7 +23,7 @@ from lightrail.federated.partition import Samples
 from lightrail.federated.randomness import generator_for, seed_for, seeded
 from lightrail.federated.transport import Order, Reply
 from lightrail.federated.visit import Visit, visiting_trainer
-from lightrail.federated.wire import Wire, packed, unpacked
+from lightrail.federated.wire import FORGET, Wire, packed, unpacked
 from lightrail.run.run import Run
 from lightrail.run.windows import describe_loader
 
@@ -232,6 +232,7 @@ class ClientSide:
             lambda shuffled: self.data.loader(number, shuffled=shuffled),
             generator_for(self.seed, "method", round_index, number),
             self.method.compressor,
+            self.method.feedback if isinstance(self.method, ServerMethod) else "ef",
         )
 
     def _visit(
@@ -263,6 +264,8 @@ class ClientSide:
         assert isinstance(method, ServerMethod)
         began = time.monotonic()
         message = unpacked(order.message, method.compressor, self.model.layout.size, self.model.dtype)
+        if message.pop(FORGET, None) is not None:
+            state = {name: value for name, value in state.items() if not name.startswith(ESTIMATE)}
         with seeded(seed_for(self.seed, "client", order.round, order.client)):
             privacy, account = self._privacy, state.get(ACCOUNT)
             run = self.run if privacy is None else privacy.visited(order.client, account)

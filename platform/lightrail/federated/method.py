@@ -123,6 +123,8 @@ class ServerMethod(FederatedMethod):
         local_epochs: Passes that a client makes over its samples in a round; at least 1.
         local_steps: Optimizer steps that it makes instead.
         engine: ``here`` (one process, one client after the other) or ``flower``.
+        feedback: What becomes of what a biased compressor left out: ``ef`` (it is added to what is sent next), ``ef21``
+            (what is sent is how the vector differs from what the server has), or ``none`` (it is lost).
         timeout: Seconds after which a client is given up in a round, where clients are elsewhere.
         secure_range: The greatest entry, up or down, that a client can send where aggregation is secure; positive.
         largest_update: A client whose answer is so many times longer than the median of its round is left out; at
@@ -147,6 +149,7 @@ class ServerMethod(FederatedMethod):
         local_epochs: int = 1,
         local_steps: int | None = None,
         engine: Literal["here", "flower"] = "here",
+        feedback: Literal["ef", "ef21", "none"] = "ef",
         timeout: float = 600.0,
         largest_update: float = 1e4,
         secure_aggregation: bool = False,
@@ -169,6 +172,7 @@ class ServerMethod(FederatedMethod):
             )
         self.clients, self.fraction, self.sampling = clients, fraction, sampling
         self.local_epochs, self.local_steps = local_epochs, local_steps
+        self.feedback = feedback
         self.engine, self.timeout, self.largest_update = engine, timeout, largest_update
         self.secure_aggregation, self.secure_range = secure_aggregation, secure_range
         self.server_privacy = server_privacy

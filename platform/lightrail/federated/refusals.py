@@ -112,6 +112,14 @@ def _check_server(method: ServerMethod, name: str, run: Run) -> None:
                 "models without them, or federated=fedbn, which keeps them on the client",
                 "Choose another model.",
             )
+    compressor = method.compressor
+    if method.feedback == "ef21" and compressor is not None and not compressor.is_contractive:
+        raise CompositionError(
+            "EF21 needs a contractive compressor",
+            found=f"federated.feedback=ef21 with {type(compressor).__name__}",
+            allowed="compressors such as top_k and sign",
+            remedy="Use federated.compressor=top_k, or federated.feedback=ef.",
+        )
     is_mean = type(method).averaged is ServerMethod.averaged
     if method.secure_aggregation and (method.compressor is not None or not is_mean or method.engine != "here"):
         found = "a compressor" if method.compressor is not None else f"federated={name}, engine={method.engine}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightrail.errors import CompositionError
 from lightrail.federated.answers import Answer, Answers
 from lightrail.federated.client_privacy import worst_ledger
+from lightrail.federated.estimates import Estimates
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, Heard, ServerMethod, State
 from lightrail.federated.randomness import generator_for
@@ -124,6 +125,7 @@ class ServerRounds(Rounds):
         self._worst = 0.0  # epsilon of the client whose own steps have spent most
         # Whether one client is left out must not depend on the others, where each is to be hidden; its norm is bounded.
         largest = method.largest_update if method.server_privacy is None else math.inf
+        self._estimates = Estimates(is_used=method.compressor is not None and method.feedback == "ef21")
         self._answers = Answers(method.compressor, self.model.layout.size, self.model.dtype, largest)
 
     def begin(self) -> None:
@@ -152,9 +154,11 @@ class ServerRounds(Rounds):
         chosen = self._chosen(round_index)
         message = {**method.message(self.state, round_index)}
         wire = packed({**({} if method.keeps_buffers else self.model.buffers()), **message})
-        replies = self.transport.exchange([Order(client, round_index, wire) for client in chosen])
+        orders = [Order(client, round_index, self._estimates.told(client, wire)) for client in chosen]
+        replies = self.transport.exchange(orders)
         answers, failures = self._answers.accepted(replies)
         self._tell(round_index, failures, len(chosen))
+        answers = self._estimates.updated(answers, chosen)
         mean = self._mean(answers)
         heard = Heard(
             round_index,
@@ -250,6 +254,7 @@ class ServerRounds(Rounds):
             **super().state_dict(),
             "worst": self._worst,
             "clients": self.transport.state_dict(),
+            "estimates": self._estimates.state_dict(),
             "privacy": None if privacy is None or self.state is None else privacy.state_dict(),
         }
 
@@ -258,6 +263,7 @@ class ServerRounds(Rounds):
         self._worst = state_dict["worst"]
         self._open()
         self.transport.load_state_dict(state_dict["clients"])
+        self._estimates.load_state_dict(state_dict["estimates"])
         if self.method.server_privacy is not None and state_dict["privacy"] is not None:
             self.method.server_privacy.begin(self._horizon(), state_dict["privacy"])
 

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from lightrail.federated.compressor import Compressor, Encoded
 
-__all__ = ["Payload", "Wire", "decoded", "nbytes", "packed", "unpacked"]
+__all__ = ["FORGET", "Payload", "Wire", "compressed_names", "decoded", "nbytes", "packed", "unpacked"]
 
 Wire = dict[str, Tensor]
 """Tensors by name, on the processor."""
 
 Payload = Mapping[str, Tensor | Encoded]
 """What a method sends: vectors by name, as they are or compressed."""
+
+FORGET = "forget"
+"""In a message: the server has nothing of what it is told the changes of."""
 
 _PART = ":"
 
@@ -61,6 +64,11 @@ def unpacked(wire: Wire, compressor: Compressor | None, size: int, dtype: torch.
         except (KeyError, RuntimeError, IndexError, TypeError) as error:
             raise ValueError(f"'{name}' cannot be decoded: {error}") from error
     return vectors
+
+
+def compressed_names(wire: Wire) -> frozenset[str]:
+    """Which vectors of a payload are compressed."""
+    return frozenset(name.partition(_PART)[0] for name in wire if _PART in name)
 
 
 def decoded(payload: Payload) -> dict[str, Tensor]:

@@ -42,3 +42,13 @@ def client_fields(size=10):
     """M_k [K, 2s, 2s] and m_k [K, 2s] of F_k(z) = M_k z + m_k."""
     A, B, C, a, b = ClientGames(size=size).parts
     return torch.cat([torch.cat([A, B], 2), torch.cat([-B.transpose(1, 2), C], 2)], 1), torch.cat([a, b], 1)
+
+
+def client_of(rounds, number, round_index):
+    """A client of rounds that are carried out in this process."""
+    return rounds.transport._worker.client(number, round_index)
+
+
+def states_of(rounds):
+    """What each client of such rounds keeps."""
+    return rounds.transport.state_dict()["states"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightrail.federated.randomness import generator_for
 from lightrail.run.execution import _quiet_lightning
 from lightrail.testing.federated_runs import composed_rounds, optimum_of, quadratics
+from lightrail_federated.topologies.complete import Complete
 from lightrail_federated.topologies.ring import Ring
 
 
@@ -74,17 +75,21 @@ class SimulatedNodes:
         return float((X - self.optimum).abs().max())
 
 
-def run_by_the_engine(folder: Path, name: str, rounds: int, *overrides: str):
-    """The rounds of a run over the same quadratics, on 4 nodes of a complete graph."""
-    made = ["federated.nodes=4", "federated.rounds=50", "data.clients=4", "federated.topology=complete"]
-    run, found = composed_rounds(folder, f"+federated={name}", *made, "federated.partition=lightrail.testing."
-                                 "federated_runs.InOrder", *overrides)
+def assert_the_engine_agrees(folder: Path, name: str, method, *overrides: str, topology=None, lr=0.05):
+    """Three rounds of a composed run leave the same state as three rounds here, on 4 nodes of a complete graph."""
+    testing = "lightrail.testing.federated_runs"
+    made = ["federated.nodes=4", f"federated.topology={testing}.All", f"federated.partition={testing}.InOrder"]
+    _, rounds = composed_rounds(folder, f"+federated={name}", "data.clients=4", *made, *overrides)
     with _quiet_lightning():
-        for _ in range(rounds):
-            found.step()
-    return run, found
-
-
-def generators_of_rounds(seed: int, round_index: int) -> torch.Generator:
-    """Where the engine's random numbers of a round come from."""
-    return generator_for(seed, "method", round_index)
+        for _ in range(3):
+            rounds.step()
+    nodes = SimulatedNodes(4, Complete(), lr=lr)
+    nodes.generator = generator_for(rounds.seed, "method", 0)
+    state = method.start(torch.zeros(4, 5, dtype=torch.float64), nodes)
+    for nodes.round in range(3):
+        nodes.generator = generator_for(rounds.seed, "method", nodes.round)
+        state = method.step(state, nodes)
+    assert set(rounds.state) == set(state)
+    for key, value in state.items():
+        torch.testing.assert_close(rounds.state[key], value, rtol=0, atol=1e-12)
+    return rounds

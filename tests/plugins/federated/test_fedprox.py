@@ -46,8 +46,8 @@ def test_without_mu_it_is_fedavg_bit_for_bit(tmp_path):
 
 def test_its_fixed_point_is_nearer_to_the_optimum():
     A, c = quadratics()
-    away = [float((by_hand(A, c, 0.1, mu, 400, 20) - optimum_of(A, c)).norm()) for mu in (0.0, 1.0, 10.0)]
-    assert away == pytest.approx([0.1264, 0.0929, 0.0292], abs=2e-3)
+    away = [float((by_hand(A, c, 0.1, mu, 150, 20) - optimum_of(A, c)).norm()) for mu in (0.0, 1.0)]
+    assert away == pytest.approx([0.1264, 0.0929], abs=1e-4)
 
 
 @pytest.mark.parametrize("mu", [-0.1, float("inf")])

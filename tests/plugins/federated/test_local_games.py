@@ -41,12 +41,12 @@ def test_rounds_are_local_steps_and_means(tmp_path, method, step, options):
 
 
 def test_on_a_bilinear_game_descent_and_ascent_leave_and_extragradient_arrives():
-    def F(z):
+    def turning(z):
         return torch.stack([z[1], -z[0]])
 
     x = y = torch.ones(2)
     for _ in range(50):
-        x, y = descended(x, F, 0.5), extragradient(y, F, F, 0.5, 0.5)
+        x, y = descended(x, turning, 0.5), extragradient(y, turning, turning, 0.5, 0.5)
     # |1 + iγ|² = 1 + γ², and |1 - γ² + iγ|² = 1 - γ² + γ⁴.
     assert float(x.norm() ** 2) == pytest.approx(2 * 1.25**50, rel=1e-4)
     assert float(y.norm() ** 2) == pytest.approx(2 * 0.8125**50, rel=1e-4)

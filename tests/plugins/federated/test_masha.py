@@ -49,18 +49,18 @@ def masha(compressor, is_second, steps):
     z = w = torch.zeros(20, dtype=torch.float64)
     own, e, e_server = fields(w), torch.zeros(10, 20, dtype=torch.float64), torch.zeros_like(z)
 
-    def C(v):
+    def sent_as(v):
         return compressor.compress(v, generator).decoded()
 
     for _ in range(steps):
         half = looked_ahead(z, w, own.mean(0), tau, GAMMA)
         differences = GAMMA * (fields(half) - own)
         if is_second:
-            pairs = [error_feedback(x, before, C) for x, before in zip(differences, e, strict=True)]
-            sent, e = (torch.stack(each) for each in zip(*pairs, strict=True))
-            step, e_server = error_feedback(sent.mean(0), e_server, C)
+            pairs = [error_feedback(x, before, sent_as) for x, before in zip(differences, e, strict=True)]
+            arrived, e = (torch.stack(each) for each in zip(*pairs, strict=True))
+            step, e_server = error_feedback(arrived.mean(0), e_server, sent_as)
         else:
-            step = C(torch.stack([C(x) for x in differences]).mean(0))
+            step = sent_as(torch.stack([sent_as(x) for x in differences]).mean(0))
         z = half - step
         if float(torch.rand(1, generator=generator)) < 1 - tau:
             w, own = z, fields(z)

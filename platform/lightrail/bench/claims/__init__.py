@@ -32,7 +32,7 @@ from lightrail.traits import Claim, traits_of
 __all__ = ["CountedClosure", "Problem", "RunProblem", "TaskProblem", "add_arguments", "measure"]
 
 _OF_SAMPLES = ("guidance", "sampler", "sampler_wrapper")
-_KINDS = ("optimizer", "transform", "callback", "batching", "privacy", *_OF_SAMPLES)
+_KINDS = ("optimizer", "transform", "callback", "batching", "privacy", "federated", *_OF_SAMPLES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

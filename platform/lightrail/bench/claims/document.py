@@ -101,7 +101,7 @@ class Document:
             "",
             f"Made by `lightrail bench claims --kind {self.kind}`; not edited by hand.",
             "",
-            *(self._how_runs() if self.kind in ("callback", "batching", "privacy") else self._how_loops()),
+            *(self._how_runs() if self.kind in ("callback", "batching", "privacy", "federated") else self._how_loops()),
             "",
             "Options beside a method's name were chosen by hand to suit a problem of this size, some of them after a "
             "first run at the defaults, which the baselines were not offered; a verdict with options holds under "
@@ -148,7 +148,8 @@ class Document:
 
 
 def _plural(kind: str) -> str:
-    return {"privacy": "private methods"}.get(kind, f"{kind}es" if kind.endswith("s") else f"{kind}s")
+    named = {"privacy": "private methods", "federated": "federated methods"}
+    return named.get(kind, f"{kind}es" if kind.endswith("s") else f"{kind}s")
 
 
 def _line(row: Row) -> str:

@@ -71,7 +71,7 @@ class FlowerTransport:
         self._terms = terms
         self._run = uuid.uuid4().hex
         self._grid: Grid | None = None
-        self._clients = 0
+        self._clients, self._looked = 0, 0.0
         self._online: set[int] = set()
         self._introduced: dict[str, int] = {}  # nodes that were asked who they are, by message
         self._seen: set[int] = set()
@@ -79,7 +79,6 @@ class FlowerTransport:
         self._refused: dict[int, Parcel] = {}
         self._absent: set[int] = set()
         self._counted: dict[int, int] = {}  # the last round that counted, of clients that keep a state
-        self._looked = 0.0
 
     def connect(self, clients: int) -> Grid:
         """Starts what carries messages.
@@ -246,6 +245,8 @@ class FlowerTransport:
 
     def _answer(self, order: Order, message: Message) -> Reply | Failure:
         """What a client answered; whatever it is, it becomes a reply or a failure."""
+        if message.has_error():
+            return Failure(order.client, f"the connection to it was lost: {message.error.reason}")
         try:
             parcel = _content(message)
             if "refused" in parcel.words or "failed" in parcel.words:
@@ -295,4 +296,4 @@ def _refusal(client: int, parcel: Parcel) -> CompositionError:
 
 
 def _warn(text: str) -> None:
-    print(f"federated: {text}", file=sys.stderr, flush=True)
+    print(f"federated: {text}", file=sys.stderr)

@@ -89,8 +89,8 @@ def serve(client: Participant, connection: Connection) -> None:
                     _answer_next(client, claimant, endpoint)
         finally:
             node.stop()
-        # It ends where the server no longer knows it: a new one introduces itself anew.
-        print(f"client {client.number}: the connection has ended, connecting again ({log})", file=sys.stderr)
+        # It ends where the server no longer knows it, or never did: a new one introduces itself anew.
+        print(f"client {client.number}: the server has ended the connection, connecting again: {log}", file=sys.stderr)
         time.sleep(_AGAIN_SECONDS)
 
 

@@ -1,0 +1,135 @@
+"""How long a round takes, beside plain training and beside Flower's simulation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+from lightrail.bench.table import Table
+from lightrail.errors import PluginError, UserError
+
+__all__ = ["FederatedTables", "add_arguments", "measure"]
+
+_TITLES = {"tiny": "linear 64-10", "cnn": "CNN of two layers, 8 x 8 pictures, 29k parameters"}
+_MOST_STEP, _MOST_ROUND, _MOST_MEMORY = 1.1, 1 / 20, 2000.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this bench."""
+    parser.add_argument(
+        "--clients", nargs="*", type=int, default=[8, 100], metavar="N", help="how many clients (8 100)"
+    )
+    parser.add_argument("--models", nargs="*", default=list(_TITLES), choices=_TITLES, help="which models")
+    parser.add_argument("--count", type=int, default=5, metavar="N", help="rounds that are timed in a process (5)")
+    parser.add_argument(
+        "--flower", default=sys.executable, metavar="PYTHON", help="a Python in which lightrail and flwr are installed"
+    )
+
+
+@dataclass
+class FederatedTables:
+    """Tables of time and memory.
+
+    Args:
+        tables: In the order in which they are shown.
+        left_out: What could not be measured, with the reason.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The tables for a terminal."""
+        return "\n\n\n".join([*(table.text() for table in self.tables), *self.left_out])
+
+    def to_dict(self) -> dict[str, object]:
+        """The tables as plain values."""
+        return {"tables": [table.to_dict() for table in self.tables], "left_out": self.left_out}
+
+
+def measure(options: argparse.Namespace) -> FederatedTables:
+    """Measures every way in processes of its own that take turns.
+
+    Args:
+        options: As :func:`add_arguments` describes, and ``rounds``: how often each process is started.
+    """
+    found = FederatedTables()
+    for model in options.models:
+        for clients in options.clients:
+            found.tables += _compared(model, clients, options, found.left_out)
+    table = Table(
+        "memory: 1,000 clients, of which 1% take part in a round",
+        "MB",
+        "resident memory of the whole process at its peak, Python and torch included",
+    )
+    taken = [_process("many", "tiny", 1000, options)["megabytes"] for _ in range(options.rounds)]
+    table.add("engine=here", taken, bound=_MOST_MEMORY)
+    found.tables.append(table)
+    return found
+
+
+def _compared(model: str, clients: int, options: argparse.Namespace, left_out: list[str]) -> list[Table]:
+    ways = ["plain", "here", "flower", "ours over flower"]
+    taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for number in range(options.rounds):
+        # Whoever comes first in a round has no advantage over all rounds.
+        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            try:
+                taken[way].append(_process(way, model, clients, options))
+            except UserError as error:
+                if "flower" not in way:
+                    raise
+                left_out.append(f"left out: {way}, {model}, {clients} clients: {error.found}")
+                ways = [each for each in ways if each != way]
+    setting = f"{_TITLES[model]}; {clients} clients with 128 samples each, batches of 16, SGD"
+    steps = Table(
+        f"a client's step: {setting}",
+        "ms",
+        "the whole round over the steps that clients make in it, all that a round needs included, beside the plain run "
+        "over as many steps; the first round, which prepares the data, is left out",
+    )
+    steps.add("plain", _column(taken["plain"], "milliseconds_per_step"))
+    steps.add("engine=here", _column(taken["here"], "milliseconds_per_step"), "plain", _MOST_STEP)
+    tables = [steps]
+    if taken["flower"]:
+        rounds = Table(
+            f"a round: {setting}",
+            "ms",
+            "Flower's simulation with its own FedAvg and a plain loop of torch; its start-up, which is not counted, "
+            "takes seconds more",
+        )
+        rounds.add("Flower's simulation", _per_round(taken["flower"]))
+        rounds.add("engine=here", _per_round(taken["here"]), "Flower's simulation", _MOST_ROUND)
+        if taken["ours over flower"]:
+            rounds.add("engine=flower", _per_round(taken["ours over flower"]), "Flower's simulation")
+        tables.append(rounds)
+    return tables
+
+
+def _column(found: list[dict[str, float]], name: str) -> list[float]:
+    return [each[name] for each in found]
+
+
+def _per_round(found: list[dict[str, float]]) -> list[float]:
+    return [1e3 / each["rounds_per_second"] for each in found]
+
+
+def _process(way: str, model: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
+    python = options.flower if "flower" in way else sys.executable
+    command = [python, "-W", "ignore", "-m", "lightrail.bench.federated_ways", way, model]
+    command += ["--clients", str(clients), "--rounds", str(options.count)]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    finished = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        lines = [line for line in finished.stderr.splitlines() if line and not line.startswith(" ")]
+        raise PluginError(
+            f"{way} cannot be measured",
+            found=(lines or ["no reason"])[-1][:160],
+            allowed="a way that trains",
+            remedy="Install Flower with its simulation, or measure the others.",
+        )
+    return json.loads(next(line for line in reversed(finished.stdout.splitlines()) if line.startswith("{")))

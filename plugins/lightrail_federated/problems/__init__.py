@@ -1,0 +1,1 @@
+"""Problems on which the claims of federated methods are measured."""
