@@ -1,7 +1,5 @@
 """Servers whose step has a memory: momentum, and the adaptive methods of deep learning."""
 
-# ruff: noqa: N803
-
 from __future__ import annotations
 
 from typing import Any

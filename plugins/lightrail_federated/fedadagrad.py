@@ -1,7 +1,5 @@
 """Federated averaging with a server that steps as Adagrad does."""
 
-# ruff: noqa: N803
-
 from __future__ import annotations
 
 from typing import Any, ClassVar

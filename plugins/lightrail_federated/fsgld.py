@@ -104,7 +104,7 @@ class FSGLD(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fsgld", "federated.clients=4", "federated.lr=1e-5", "logger=[]"]
-        >>> compose(run).config.federated.lr
+        >>> compose(run).composition.config.federated.lr
         1e-05
 
     Reference:
@@ -118,8 +118,8 @@ class FSGLD(ServerMethod):
         is_stochastic=True,
         example={"clients": 4, "rounds": 3, "lr": 1e-5},
         verified=(
-            "Five clients with 200 numbers each around -4 to 4, batches of 10, lr 1e-4, a posterior with deviation 0.0316: "
-            "samples of 1000 chains have 0.059 with surrogates and 2.94 without in visits of 200 steps, 0.060 and 0.47 in "
+            "Five clients with 200 numbers each around -4 to 4, batches of 10, lr 1e-4, a posterior with deviation "
+            "0.0316: 1000 chains have 0.059 with surrogates and 2.94 without in visits of 200 steps, 0.060 and 0.47 in "
             "visits of one.",
         ),
         exceptions={

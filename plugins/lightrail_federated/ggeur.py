@@ -159,7 +159,7 @@ class GGEUR(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=ggeur", "federated.clients=4", "federated.samples_per_class=100", "logger=[]"]
-        >>> compose(run).config.federated.samples_per_class
+        >>> compose(run).composition.config.federated.samples_per_class
         100
 
     Reference:

@@ -51,7 +51,7 @@ class LocalEG(LocalSGDA):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=local_eg", "federated.clients=4", "federated.lr=0.05", "logger=[]"]
-        >>> compose(run).config.federated.lr
+        >>> compose(run).composition.config.federated.lr
         0.05
 
     Reference:

@@ -72,7 +72,7 @@ class LocalSGDA(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=local_sgda", "federated.clients=4", "federated.lr=0.05", "logger=[]"]
-        >>> compose(run).config.federated.lr
+        >>> compose(run).composition.config.federated.lr
         0.05
 
     Reference:

@@ -42,7 +42,7 @@ class MASHA1(Masha):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=masha1", "federated.clients=4", "federated.compressor=rand_k", "logger=[]"]
-        >>> compose(run).config.federated.clients
+        >>> compose(run).composition.config.federated.clients
         4
 
     Reference:

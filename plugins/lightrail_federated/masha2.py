@@ -43,7 +43,7 @@ class MASHA2(Masha):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=masha2", "federated.clients=4", "federated.compressor=top_k", "logger=[]"]
-        >>> compose(run).config.federated.clients
+        >>> compose(run).composition.config.federated.clients
         4
 
     Reference:

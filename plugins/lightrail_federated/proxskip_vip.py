@@ -128,7 +128,7 @@ class ProxSkipVIP(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=proxskip_vip", "federated.clients=4", "federated.p=0.5", "logger=[]"]
-        >>> compose(run).config.federated.p
+        >>> compose(run).composition.config.federated.p
         0.5
 
     Reference:
@@ -143,8 +143,8 @@ class ProxSkipVIP(ServerMethod):
         example={"clients": 4, "rounds": 2, "lr": 0.05, "p": 0.5},
         verified=(
             "Ten different strongly monotone games of 20 numbers, full fields, lr 1/3.39, p 0.17: after 98 "
-            "communications (546 local steps) the squared relative error is 3e-25, after 300 with lr 1/7.36 it is 6e-31; local "
-            "descent-ascent stalls at 0.03 with 5 local steps and at 0.3 with 20.",
+            "communications (546 local steps) the squared relative error is 3e-25, after 300 with lr 1/7.36 6e-31; "
+            "local descent-ascent stalls at 0.03 with 5 local steps and at 0.3 with 20.",
             "The control variates sum to zero within 8e-15 over 300 communications.",
         ),
     )

@@ -80,7 +80,7 @@ class WAFL(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=wafl", "federated.clients=4", "federated.gamma=0.5", "logger=[]"]
-        >>> compose(run).config.federated.gamma
+        >>> compose(run).composition.config.federated.gamma
         0.5
 
     Reference:

@@ -22,11 +22,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.federated.flower import Deployment, deployed
-from lightrail.federated.flower.exchange import FlowerTransport, Terms
+from lightrail.federated.flower.exchange import FlowerTransport
 from lightrail.federated.flower.participant import Participant, Workshop, check_own, version_differences
 from lightrail.federated.flower.records import Parcel, parcel_of, records_of
 from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.flower.supernode import reply_to
+from lightrail.federated.flower.terms import Terms
 from lightrail.federated.rounds import ServerRounds
 from lightrail.federated.transport import Failure, InProcess, Order, Reply
 from lightrail.federated.wire import Wire

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from warm_process import run_warm
 
 from lightrail.errors import DataError, RunFolderError
 from lightrail.run.metrics_file import MetricsFile, read_metrics
@@ -151,7 +151,7 @@ def test_a_killed_process_loses_nothing_that_it_logged(tmp_path: Path) -> None:
         "    logger.log_metrics({'loss': step / 7}, step=step)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    finished = run_warm([sys.executable, "-c", program, tmp_path])
     assert finished.returncode == -signal.SIGKILL
     assert read_metrics(tmp_path / "metrics.csv")["loss"] == [(step, step / 7) for step in range(100)]
 

@@ -40,7 +40,7 @@ def run_warm(
     timeout: float = 300,
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run(…, capture_output=True, text=True)``, for a Python script, or Python with a script, ``-m`` or ``-c``.
+    """As ``subprocess.run(…, capture_output=True, text=True)``, of a script, or Python and its words.
 
     Args:
         command: The script of an installed command and its words, or ``sys.executable`` and its words.
@@ -85,7 +85,8 @@ class _Server:
         return cls._one
 
     def ask(self, asked: dict[str, Any], timeout: float) -> int:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], timeout)[0]:
@@ -115,7 +116,7 @@ def serve() -> dict[str, Any] | None:
         if child == 0:
             answers.close()
             return json.loads(line)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+        os.waitpid(child, 0); print(0, file=answers, flush=True)
     return None
 
 
@@ -129,7 +130,7 @@ def become(asked: dict[str, Any]) -> None:
         opened = os.open(name, flags, 0o600)
         os.dup2(opened, target)
         os.close(opened)
-    sys.stdin = open(0)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])

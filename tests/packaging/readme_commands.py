@@ -7,9 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
-from warm_process import run_warm
+from warm_process import run_warm  # type: ignore[import-not-found]
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -65,7 +66,7 @@ def is_long(command: str) -> bool:
 def is_first_of_its_program(command: str) -> bool:
     """Whether the README has no earlier line with this program; such a line makes its imports itself."""
     program = command.split()[0]
-    return command == next(line for line in [*commands(), *sum(stories(), [])] if line.split()[0] == program)
+    return command == next(line for line in chain(commands(), *stories()) if line.split()[0] == program)
 
 
 def run(folder: Path, command: list[str], warm: bool = True) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightrail.errors import CompositionError
 from lightrail.federated.randomness import seed_for
@@ -24,7 +25,7 @@ from lightrail.privacy.noise import DeterministicNoise
 from lightrail.run.run import Run
 from lightrail.sample_gradients import Path
 
-__all__ = ["ACCOUNT", "ClientEngine", "ClientPrivacy", "worst_ledger"]
+__all__ = ["ACCOUNT", "ClientEngine", "ClientPrivacy", "seen", "worst_ledger"]
 
 ACCOUNT = "account of privacy"
 """Under which name a client's state has its account."""
@@ -155,6 +156,26 @@ class ClientPrivacy:
 
 def _loaded(account: Tensor) -> dict[str, Any]:
     return torch.load(io.BytesIO(account.numpy().tobytes()), weights_only=True)
+
+
+def seen(run: Run, loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A client's samples, as its method sees them outside of training: not at all, where steps are private.
+
+    Args:
+        run: The client's.
+        loader: Of its samples.
+
+    Raises:
+        CompositionError: Nothing would account for what the method makes of them.
+    """
+    if run.privacy is None:
+        return loader
+    raise CompositionError(
+        "this federated method looks at a client's samples outside of private steps",
+        found=f"privacy with {type(run.privacy.method).__name__}",
+        allowed="methods whose clients train, and do nothing else with their samples",
+        remedy="Use federated=fedavg, fedprox, scaffold or fedadam, or leave privacy out.",
+    )
 
 
 def worst_ledger(states: Mapping[int, Wire]) -> Ledger | None:

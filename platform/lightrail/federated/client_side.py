@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightrail.errors import CompositionError, DataError
 from lightrail.federated.client import ESTIMATE, Client
-from lightrail.federated.client_privacy import ACCOUNT, ClientPrivacy
+from lightrail.federated.client_privacy import ACCOUNT, ClientPrivacy, seen
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, ServerMethod
 from lightrail.federated.partition import Samples
@@ -229,7 +229,7 @@ class ClientSide:
             self.data.sizes[number],
             self.model,
             lambda steps, loader: self._visit(run, number, round_index, steps, loader),
-            lambda shuffled: self.data.loader(number, shuffled=shuffled),
+            lambda shuffled: seen(run, self.data.loader(number, shuffled=shuffled)),
             generator_for(self.seed, "method", round_index, number),
             self.method.compressor,
             self.method.feedback if isinstance(self.method, ServerMethod) else "ef",

@@ -10,7 +10,7 @@ from simulated_nodes import SimulatedNodes, assert_the_engine_agrees
 
 from lightrail.errors import ConfigurationError
 from lightrail_federated.a2cid2 import A2CiD2, drawn_together
-from lightrail_federated.dadao import DADAO, Constants, flow
+from lightrail_federated.dadao import DADAO, Constants, flow, gradient_event, speak
 from lightrail_federated.poisson_clocks import chi_1, chi_2, edge_laplacian, ticks
 from lightrail_federated.topologies.complete import Complete
 from lightrail_federated.topologies.ring import Ring
@@ -68,6 +68,20 @@ def test_flow_is_the_solution_of_its_equation():
     torch.testing.assert_close(slope, torch.stack(by_hand), rtol=1e-4, atol=1e-4)
     twice = flow(flow(V, c.field, torch.tensor(0.5).double()), c.field, torch.tensor(0.7).double())
     torch.testing.assert_close(twice, flow(V, c.field, torch.tensor(1.2).double()))
+
+
+def test_events_by_hand():
+    c = Constants(mu=1.0, L=8.0, chi_1=2.0, chi_2=1.0)  # ν = ½, √(ν/L) = ¼, √(Lν) = 2
+    V = torch.tensor([[2.0], [3.0], [5.0], [1.0], [4.0], [6.0]]).double()
+    # s = 34 - ½·2 - 1 = 32
+    moved = gradient_event(V, torch.tensor([34.0]).double(), c)
+    assert moved.flatten().tolist() == [2 - 1, 3 - 4, 5, 1 + (1 + 1 / 16) * 32, 4, 6]
+    # m = (5 + 4) - (1 + 2) = 6
+    other = torch.tensor([[0.0], [0.0], [1.0], [0.0], [2.0], [0.0]]).double()
+    spoken = speak(torch.stack([V, other]), 3.0)
+    assert spoken[:, 4].flatten().tolist() == [4 - 3, 2 + 3]
+    assert spoken[:, 5].flatten().tolist() == [6 - 18, 18]
+    torch.testing.assert_close(spoken[:, :4], torch.stack([V, other])[:, :4])
 
 
 def test_two_copies_have_one_mean_and_agree_faster_on_a_ring():

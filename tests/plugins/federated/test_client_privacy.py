@@ -12,6 +12,7 @@ from lightrail.privacy.accounting import epsilon_of
 from lightrail.privacy.events import Event
 from lightrail.privacy.ledger import Ledger
 from lightrail.testing.federated_runs import composed_rounds
+from lightrail_federated.fedavg import FedAvg
 
 HERE = "lightrail.testing.federated_runs"
 RUN = [
@@ -82,3 +83,18 @@ def test_more_visits_than_were_planned_are_refused(tmp_path):
     with pytest.raises(CompositionError, match="more steps than its privacy"):
         carried_out(rounds)
     assert torch.isfinite(rounds.state["weights"]).all()
+
+
+class Looks(FedAvg):
+    """FedAvg whose clients look at their samples once more."""
+
+    def client(self, client, message, state):
+        client.gradient(message["weights"])
+        return super().client(client, message, state)
+
+
+def test_a_method_that_looks_at_samples_by_itself_is_refused(tmp_path):
+    method = f"federated={__name__}.Looks"
+    rounds = private_rounds(tmp_path, method, "privacy.noise=2.0")
+    with pytest.raises(CompositionError, match="outside of private steps"):
+        carried_out(rounds)

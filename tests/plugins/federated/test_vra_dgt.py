@@ -25,7 +25,7 @@ def test_without_noise_the_weights_of_messages_do_not_matter():
 
 
 def test_noise_enters_by_beta_alone():
-    u, u_next, xi = torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[4.0], [-1.0]]).double(), 0.5
+    u, u_next, xi = torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[4.0], [-2.0]]).double(), 0.5
     W, beta = torch.full((2, 2), 0.5, dtype=torch.float64), falling(20, 5.0)
     assert beta == 0.2
     found = tracked(W @ u, W @ (message(u, u_next, beta) + xi), beta)

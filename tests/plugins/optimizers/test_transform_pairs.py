@@ -51,6 +51,7 @@ def steps(names: tuple[str, ...], build: Callable[[list[Tensor]], Optimizer]) ->
 @pytest.mark.parametrize("first", NAMES)
 def test_a_pair_runs_or_is_refused_with_a_reason(first: str) -> None:
     refusals: list[UserError] = []
+    start = Classifier().snapshot()
     for second, (label, build) in itertools.product(NAMES, OPTIMIZERS.items()):
         if second == first:
             continue
@@ -60,6 +61,5 @@ def test_a_pair_runs_or_is_refused_with_a_reason(first: str) -> None:
             refusals.append(error)
             continue
         assert all(bool(p.isfinite().all()) for p in found), f"[{first}, {second}] around {label}"
-        start = Classifier().snapshot()
         assert any(not torch.equal(a, b) for a, b in zip(found, start, strict=True)), f"[{first}, {second}] {label}"
     assert all(error.found and error.allowed and error.remedy for error in refusals)

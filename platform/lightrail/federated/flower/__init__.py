@@ -70,7 +70,7 @@ def transport_for(overrides: Sequence[str], *, timeout: float) -> Transport:
     """
     require_flower()
     from lightrail.configuration import compose
-    from lightrail.federated.flower.exchange import Terms
+    from lightrail.federated.flower.terms import Terms
     from lightrail.run.lock import lock_of
 
     deployment = _deployment.get()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from lightrail.federated.flower.exchange import FlowerTransport, Terms
+from lightrail.federated.flower.exchange import FlowerTransport
 from lightrail.federated.flower.superlink import Certificates, SuperLink, parse_address
+from lightrail.federated.flower.terms import Terms
 
 __all__ = ["FlowerDeployment"]
 

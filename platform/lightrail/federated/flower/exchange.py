@@ -15,38 +15,15 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from lightrail.errors import CompositionError
+from lightrail.errors import CheckpointError, CompositionError
 from lightrail.federated.flower.records import Parcel, parcel_of, records_of, whole
+from lightrail.federated.flower.terms import Terms
 from lightrail.federated.transport import Failure, Order, Reply
-from lightrail.options import positive
 
-__all__ = ["FlowerTransport", "Terms"]
+__all__ = ["FlowerTransport"]
 
 # Between two looks for answers, and between two looks for nodes that have come or gone.
 _PAUSE, _LOOK = 0.1, 1.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What clients are told of the run, and how long they are waited for.
-
-    Args:
-        overrides: That the server's run was composed of.
-        lock: What it is made of, from ``lightrail.run.lock.lock_of``; empty: versions are not compared.
-        timeout: Seconds that a round waits for an answer.
-        patience: Seconds that the first round waits for clients to come.
-
-    Raises:
-        ConfigurationError: A time that is not greater than 0.
-    """
-
-    overrides: Sequence[str] = ()
-    lock: Mapping[str, Any] | None = None
-    timeout: float = 600.0
-    patience: float = 600.0
-
-    def __post_init__(self) -> None:
-        positive(timeout=self.timeout, patience=self.patience)
 
 
 @dataclass
@@ -150,7 +127,18 @@ class FlowerTransport:
         return {"run": self._run, "counted": dict(self._counted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Clients go on from the states that counted when this was saved."""
+        """Clients go on from the states that counted when this was saved.
+
+        Raises:
+            CheckpointError: The run that was saved had its clients in one process.
+        """
+        if "run" not in state:
+            raise CheckpointError(
+                "the run that would be continued had its clients in one process",
+                found="a checkpoint that holds the states of clients itself",
+                allowed="a run of federated.engine=flower",
+                remedy="Continue it with `train run.resume=FOLDER federated.engine=here`.",
+            )
         self._run = str(state["run"])
         self._counted = {int(client): int(round_) for client, round_ in state["counted"].items()}
 

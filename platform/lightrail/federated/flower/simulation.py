@@ -15,9 +15,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from lightrail.errors import PluginError, UserError
-from lightrail.federated.flower.exchange import FlowerTransport, Terms
+from lightrail.federated.flower.exchange import FlowerTransport
 from lightrail.federated.flower.participant import Factory, Participant, Workshop
 from lightrail.federated.flower.supernode import reply_to
+from lightrail.federated.flower.terms import Terms
 from lightrail.options import at_least, non_negative
 
 __all__ = ["FlowerSimulation"]
