@@ -86,7 +86,7 @@ class A2CiD2(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=a2cid2", "federated.nodes=4", "federated.exchanges=2", "logger=[]"]
-        >>> compose(run).config.federated.exchanges
+        >>> compose(run).composition.config.federated.exchanges
         2
 
     Reference:
@@ -100,7 +100,7 @@ class A2CiD2(DecentralisedMethod):
         is_stochastic=True,
         example={"nodes": 4, "rounds": 2},
         verified=(
-            "On a ring of 16 with one exchange a step, the mean square distance of nodes from their mean is 0.21, and 0.47"
+            "On a ring of 16 with one exchange a step, nodes are 0.21 (mean square) from their mean, and 0.47"
             " without the second copy.",
             "Both copies have one mean over nodes, to 1e-16.",
         ),

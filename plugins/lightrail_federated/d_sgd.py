@@ -49,7 +49,7 @@ class DSGD(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=d_sgd", "federated.nodes=4", "federated.combine_first=true", "logger=[]"]
-        >>> compose(run).config.federated.combine_first
+        >>> compose(run).composition.config.federated.combine_first
         True
 
     Reference:

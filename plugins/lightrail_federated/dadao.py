@@ -132,7 +132,7 @@ class DADAO(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=dadao", "federated.nodes=4", "federated.mu=0.1", "federated.L=10", "logger=[]"]
-        >>> compose(run).config.federated.L
+        >>> compose(run).composition.config.federated.L
         10
 
     Reference:

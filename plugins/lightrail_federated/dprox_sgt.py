@@ -47,7 +47,7 @@ class DProxSGT(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=dprox_sgt", "federated.nodes=4", "federated.l1=1e-4", "logger=[]"]
-        >>> compose(run).config.federated.l1
+        >>> compose(run).composition.config.federated.l1
         0.0001
 
     Reference:
@@ -108,7 +108,7 @@ class CDProxSGT(DProxSGT):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=cdprox_sgt", "federated.nodes=4", "federated.compressor=top_k", "logger=[]"]
-        >>> compose(run).config.federated.compressor.ratio
+        >>> compose(run).composition.config.federated.compressor.ratio
         0.1
 
     Reference:

@@ -88,7 +88,7 @@ class DRCGD(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=drcgd", "federated.nodes=4", "federated.mixing=10", "logger=[]"]
-        >>> compose(run).config.federated.mixing
+        >>> compose(run).composition.config.federated.mixing
         10
 
     Reference:

@@ -33,7 +33,7 @@ class FedAdagrad(AdaptiveServer):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedadagrad", "federated.lr=0.3", "federated.clients=4", "logger=[]"]
-        >>> compose(run).config.federated.lr
+        >>> compose(run).composition.config.federated.lr
         0.3
 
     Reference:

@@ -35,7 +35,7 @@ class FedAdam(AdaptiveServer):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedadam", "federated.lr=0.03", "federated.clients=4", "federated.rounds=1", "logger=[]"]
-        >>> compose(run).config.federated.beta2
+        >>> compose(run).composition.config.federated.beta2
         0.99
 
     Reference:

@@ -27,7 +27,7 @@ class FedAvg(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedavg", "federated.clients=4", "federated.rounds=1", "logger=[]"]
-        >>> compose(run).config.federated.clients
+        >>> compose(run).composition.config.federated.clients
         4
 
     Reference:

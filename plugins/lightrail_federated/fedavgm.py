@@ -37,7 +37,7 @@ class FedAvgM(FedAvg):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedavgm", "federated.momentum=0.5", "federated.clients=4", "logger=[]"]
-        >>> compose(run).config.federated.momentum
+        >>> compose(run).composition.config.federated.momentum
         0.5
 
     Reference:

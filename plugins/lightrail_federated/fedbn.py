@@ -64,7 +64,7 @@ class FedBN(FedAvg):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedbn", "federated.clients=4", "federated.rounds=1", "logger=[]"]
-        >>> compose(run).config.federated.clients
+        >>> compose(run).composition.config.federated.clients
         4
 
     Reference:

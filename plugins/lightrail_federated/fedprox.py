@@ -76,7 +76,7 @@ class FedProx(FedAvg):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedprox", "federated.mu=0.1", "federated.clients=4", "federated.rounds=1", "logger=[]"]
-        >>> compose(run).config.federated.mu
+        >>> compose(run).composition.config.federated.mu
         0.1
 
     Reference:

@@ -36,7 +36,7 @@ class FedYogi(AdaptiveServer):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=fedyogi", "federated.lr=0.03", "federated.clients=4", "federated.rounds=1", "logger=[]"]
-        >>> compose(run).config.federated.beta2
+        >>> compose(run).composition.config.federated.beta2
         0.99
 
     Reference:

@@ -139,7 +139,7 @@ class Scaffold(ServerMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=scaffold", "federated.clients=4", "federated.rounds=1", "optimizer=sgd", "logger=[]"]
-        >>> compose(run).config.federated.global_lr
+        >>> compose(run).composition.config.federated.global_lr
         1.0
 
     Reference:

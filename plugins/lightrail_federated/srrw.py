@@ -91,7 +91,7 @@ class SRRW(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=srrw", "federated.nodes=4", "federated.alpha=10", "logger=[]"]
-        >>> compose(run).config.federated.alpha
+        >>> compose(run).composition.config.federated.alpha
         10
 
     Reference:

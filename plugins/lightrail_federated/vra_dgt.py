@@ -88,7 +88,7 @@ class VRADGT(DecentralisedMethod):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=vra_dgt", "federated.nodes=4", "federated.noise=0.1", "logger=[]"]
-        >>> compose(run).config.federated.noise
+        >>> compose(run).composition.config.federated.noise
         0.1
 
     Reference:

@@ -116,7 +116,7 @@ def serve() -> dict[str, Any] | None:
         if child == 0:
             answers.close()
             return json.loads(line)
-        os.waitpid(child, 0); print(0, file=answers, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
     return None
 
 

@@ -100,4 +100,5 @@ def require_flower() -> None:
         )
 
 
+# The name under which the engine asks for it.
 FlowerSimulation = transport_for

@@ -91,6 +91,10 @@ class Daemon:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def forget_secret(self) -> None:
+        """Removes the secret from the disk, once the daemon has read it."""
+        self._secret_file.unlink(missing_ok=True)
+
     def last_words(self) -> str:
         """The last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -105,7 +109,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Stops it, and waits until it is gone."""
-        self._secret_file.unlink(missing_ok=True)
+        self.forget_secret()
         if self.is_running:
             self._process.terminate()
             try:

@@ -122,6 +122,7 @@ class SuperLink:
         self._grid: HttpGrid | None = None
         try:
             self._wait()
+            self._daemon.forget_secret()
             self._register({} if certificates is None else certificates.public_keys())
             self.grid = self._grid = self._drive()
         except BaseException:

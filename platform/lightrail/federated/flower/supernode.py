@@ -86,7 +86,8 @@ def serve(client: Participant, connection: Connection) -> None:
         try:
             with contextlib.closing(node.claimant(endpoint)) as claimant:
                 while node.is_running:
-                    _answer_next(client, claimant, endpoint)
+                    if _answer_next(client, claimant, endpoint):
+                        node.forget_secret()
         finally:
             node.stop()
         # It ends where the server no longer knows it, or never did: a new one introduces itself anew.
@@ -94,14 +95,16 @@ def serve(client: Participant, connection: Connection) -> None:
         time.sleep(_AGAIN_SECONDS)
 
 
-def _answer_next(client: Participant, claimant: RuntimeHttpClient, endpoint: Endpoint) -> None:
+def _answer_next(client: Participant, claimant: RuntimeHttpClient, endpoint: Endpoint) -> bool:
+    """Answers a message, where one waits; whether the SuperNode could be asked for one."""
     try:
         token = acquired(claimant, TaskType.CLIENT_APP)
     except httpx.HTTPError:
-        token = ""
+        time.sleep(_PAUSE)
+        return False
     if not token:
         time.sleep(_PAUSE)
-        return
+        return True
     with contextlib.closing(endpoint.client_for(token)) as task:
         alive = keep_alive(task)
         try:
@@ -113,6 +116,7 @@ def _answer_next(client: Participant, claimant: RuntimeHttpClient, endpoint: End
             push_task_output(task, None, SubStatus.FAILED, type(error).__name__)
         finally:
             alive.stop()
+    return True
 
 
 def reply_to(client: Participant, message: Message) -> Message:
