@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightrail import Traits
+from lightrail import Claim, Traits
 from lightrail.federated import Client, Heard, ServerMethod, State
 from lightrail.federated.wire import Payload
 
@@ -39,6 +39,13 @@ class FedAvg(ServerMethod):
         rule="θ ← θ + Σ_k (n_k/n) (y_k - θ)",
         paper="McMahan et al. 2017, Communication-Efficient Learning of Deep Networks, arXiv 1602.05629",
         example={"clients": 4, "rounds": 2},
+        claim=Claim(
+            sentence="With a tenth of the entries sent up, in a fifth of the bytes, as good at equal rounds",
+            baseline="fedavg",
+            margin=0.05,
+            problems=("federated_digits",),
+            options={"compressor": "top_k", "compressor.ratio": 0.1},
+        ),
     )
     is_one_update: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightrail import Traits
+from lightrail import Claim, Traits
 from lightrail.errors import CompositionError
 from lightrail.federated import Client, Heard, ServerMethod, State
 from lightrail.federated.wire import Payload
@@ -173,6 +173,12 @@ class GGEUR(ServerMethod):
         "Federated Learning, arXiv 2503.06457",
         is_stochastic=True,
         example={"clients": 4, "rounds": 4, "classes": 10, "samples_per_class": 20},
+        claim=Claim(
+            sentence="Better than FedAvg under skewed labels at equal rounds",
+            baseline="fedavg",
+            problems=("federated_digits",),
+            options={"samples_per_class": 50},
+        ),
     )
 
     def __init__(self, *, classes: int = 10, samples_per_class: int = 500, cover: float = 0.8, **common: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightrail import Traits
+from lightrail import Claim, Traits
 from lightrail.errors import CompositionError
 from lightrail.federated import Client, Heard, ServerMethod, State
 from lightrail.federated.wire import Payload
@@ -152,6 +152,12 @@ class Scaffold(ServerMethod):
         paper="Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, 2020, SCAFFOLD: Stochastic Controlled Averaging for "
         "Federated Learning, arXiv 1910.06378",
         example={"clients": 4, "rounds": 2},
+        claim=Claim(
+            sentence="At equal bytes, twice as many a round, no worse: FedAvg's loss in half the rounds",
+            baseline="fedavg",
+            steps=0.5,
+            problems=("federated_digits",),
+        ),
         verified=(
             "Ten different quadratics of five numbers, lr 0.1: within 2e-15 of the optimum with 5 and with 20 local "
             "steps, and with 3 of 10 clients a round, where FedAvg stays 0.070 and 0.126 away; c is the mean of all "

@@ -59,7 +59,7 @@ class Certificates:
             if not (self.folder / name).is_file():
                 raise ConfigurationError(
                     f"the certificates lack {name}",
-                    found=f"{self.folder}: {', '.join(sorted(p.name for p in self.folder.glob('*'))) or 'nothing'}",
+                    found=f"{self.folder}: {', '.join(sorted(p.name for p in self.folder.glob('*'))[:5]) or 'nothing'}",
                     allowed="a folder with ca.pem, server.pem and server.key",
                     remedy="Make one with scripts/federated-certificates FOLDER NAME-OF-THIS-MACHINE.",
                 )

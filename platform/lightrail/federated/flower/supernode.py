@@ -115,7 +115,8 @@ def _answer_next(client: Participant, claimant: RuntimeHttpClient, endpoint: End
             print(f"client {client.number}: an answer was lost: {type(error).__name__}: {error}", file=sys.stderr)
             push_task_output(task, None, SubStatus.FAILED, type(error).__name__)
         finally:
-            alive.stop()
+            if alive.is_running:
+                alive.stop()
     return True
 
 
