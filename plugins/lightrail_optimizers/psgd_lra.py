@@ -1,6 +1,5 @@
 """PSGD with a low-rank preconditioner; its matrices have the capital letters of the paper."""
 
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,6 +1,5 @@
 """Factors that bound what the gradient of one sample can add to a sum."""
 
-
 from __future__ import annotations
 
 import math

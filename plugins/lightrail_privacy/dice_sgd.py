@@ -1,6 +1,5 @@
 """DiceSGD: what clipping cuts off is kept, and fed back clipped, so that clipping leaves no bias."""
 
-
 from __future__ import annotations
 
 import dataclasses

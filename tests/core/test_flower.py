@@ -23,7 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.federated.flower import Deployment, deployed
 from lightrail.federated.flower.exchange import FlowerTransport
-from lightrail.federated.flower.participant import Participant, Workshop, check_own, version_differences
+from lightrail.federated.flower.participant import FromCatalogue, Participant, Workshop, check_own, version_differences
 from lightrail.federated.flower.records import Parcel, parcel_of, records_of
 from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.flower.supernode import reply_to
@@ -234,6 +234,12 @@ def test_a_client_decides_only_over_its_data_and_device() -> None:
     check_own(["data.path=mine.csv", "+data.rows=3", "trainer.accelerator=gpu"])
     with pytest.raises(ConfigurationError, match=r"cannot set optimizer\.lr alone"):
         check_own(["optimizer.lr=1"])
+
+
+def test_what_a_client_has_of_its_own_is_not_divided() -> None:
+    whole, half = (FromCatalogue(RUN, has_own_data=own) for own in (True, False))
+    order = Order(1, 0, {"weights": rounds_of().model.weights()})
+    assert half.work(order, {})[0].samples == whole.work(order, {})[0].samples // 2
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ Usage: lightrail COMMAND
   plugins SCHEDULE --plot [FILE]         the curve of a schedule
   search NAME run=FOLDER …               fit times, ratios or statistics to a model: `lightrail search --help`
   privacy plan|audit …                   what privacy costs: `lightrail privacy --help`
+  federated server|client …              clients on machines of their own: `lightrail federated --help`
   bench NAME                             measure: `lightrail bench --help` lists the benchmarks
   completion bash|zsh|fish               a script that completes train, generate and lightrail
   --version                              the version
@@ -49,6 +50,8 @@ def _run(words: list[str]) -> int | None:
             from lightrail.command.search import main as command
         case "privacy":
             from lightrail.command.privacy import main as command
+        case "federated":
+            from lightrail.command.federated import main as command
         case "bench":
             from lightrail.bench import main as command
         case "completion":
@@ -71,7 +74,7 @@ def _run(words: list[str]) -> int | None:
 def _unknown(name: str) -> Exception:
     from lightrail.errors import ConfigurationError, closest
 
-    commands = ("plugins", "search", "privacy", "bench", "completion")
+    commands = ("plugins", "search", "privacy", "federated", "bench", "completion")
     return ConfigurationError(
         f"lightrail has no command '{name}'",
         found=name,

@@ -24,6 +24,7 @@ from lightrail.federated.secure_mean import secure_mean
 from lightrail.federated.server_privacy import ClientHorizon
 from lightrail.federated.transport import Failure, Order, Transport
 from lightrail.federated.wire import nbytes, packed
+from lightrail.privacy.ledger import Ledger
 
 __all__ = ["Rounds", "ServerRounds"]
 
@@ -242,16 +243,21 @@ class ServerRounds(Rounds):
 
     def write(self, folder: Path) -> None:
         super().write(folder)
-        ledger = worst_ledger(self.transport.state_dict().get("states", {}))
+        ledger = self.account()
         if ledger is not None:
             ledger.write(folder / "privacy.json")
+
+    def account(self) -> Ledger | None:
+        """What the run has spent of privacy: the server's account, or that of the client that has spent most."""
         if self.method.server_privacy is not None and self.state is not None:
-            self.method.server_privacy.ledger().write(folder / "privacy.json")
+            return self.method.server_privacy.ledger()
+        return worst_ledger(self.transport.state_dict().get("states", {}))
 
     def state_dict(self) -> dict[str, Any]:
-        privacy = self.method.server_privacy
+        privacy, account = self.method.server_privacy, self.account()
         return {
             **super().state_dict(),
+            "account": None if account is None else account.to_dict(),
             "worst": self._worst,
             "clients": self.transport.state_dict(),
             "estimates": self._estimates.state_dict(),

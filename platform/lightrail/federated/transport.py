@@ -142,7 +142,7 @@ class InProcess:
         return {"states": {client: dict(state) for client, state in self._states.items() if state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._states = {int(client): dict(each) for client, each in state["states"].items()}
+        self._states = {int(client): dict(each) for client, each in state.get("states", {}).items()}
 
     def close(self) -> None:
         self._worker = None

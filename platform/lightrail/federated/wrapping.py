@@ -71,9 +71,9 @@ def _rounds(method: FederatedMethod, run: Run, side: ClientSide) -> Rounds:
 def _transport(method: ServerMethod, run: Run, side: ClientSide) -> Transport:
     if method.engine == "here":
         return InProcess(lambda: side)
-    from lightrail.federated.flower import FlowerSimulation
+    from lightrail.federated.flower import transport_for
 
-    return FlowerSimulation(run.composition.overrides, timeout=method.timeout)
+    return transport_for(run.composition.overrides, timeout=method.timeout)
 
 
 # What of the trainer's options is about a step of training, which clients do and the server does not.

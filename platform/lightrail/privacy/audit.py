@@ -107,7 +107,9 @@ def audited(word: str, root: Path = Path("runs")) -> Audit:
 def _saved(checkpoint: Path) -> dict[str, Any] | None:
     from lightrail.run.checkpoint import load_checkpoint
 
-    return load_checkpoint(checkpoint)["lightrail"].get("privacy")
+    saved = load_checkpoint(checkpoint)
+    # A federated run keeps the account of its rounds with them.
+    return saved["lightrail"].get("privacy") or saved.get("callbacks", {}).get("federated", {}).get("account")
 
 
 def _compare(path: Path, told: Ledger, saved: Ledger | None) -> None:

@@ -30,7 +30,7 @@ def write_report(folder: str | Path, *, figures: Mapping[str, Figure] | None = N
     """Writes ``report.html`` into a run folder, from what stands there.
 
     It reads ``metrics.csv``, ``config.yaml``, ``lock.json``, ``summary.json``, ``privacy.json`` and ``federated.json``;
-    what is missing is said in its place. Pictures are inside the page, which therefore needs no other file and no network.
+    what is missing is said in its place. Pictures are inside the page, which needs no other file and no network.
 
     Args:
         folder: The run folder.

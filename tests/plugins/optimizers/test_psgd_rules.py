@@ -1,7 +1,5 @@
 """PSGD's rules beside explicit matrices, and where they lead."""
 
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 import functools

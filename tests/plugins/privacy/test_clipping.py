@@ -1,7 +1,5 @@
 """Factors of clipping: what they bound, on ordinary gradients and on absurd ones."""
 
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 import math

@@ -98,7 +98,3 @@ def require_flower() -> None:
             allowed="lightrail with the extra flower",
             remedy="Install it with pip install 'lightrail[flower]', or use federated.engine=here.",
         )
-
-
-# The name under which the engine asks for it.
-FlowerSimulation = transport_for
