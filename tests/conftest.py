@@ -8,6 +8,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that does other things as well stands still for seconds, which says nothing about a test.
+settings.register_profile("lightrail", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lightrail")
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "packaging")]
 # Begun first, so that no process is left alone with one of them at the end.

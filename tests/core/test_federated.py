@@ -17,6 +17,7 @@ from lightrail.errors import CompositionError, ConfigurationError, UserError
 from lightrail.federated.gossip_rounds import GossipRounds
 from lightrail.federated.rounds import Rounds, ServerRounds
 from lightrail.federated.transport import Failure, Order, Reply
+from lightrail.privacy.audit import audited
 from lightrail.run import Run
 from lightrail.testing.federated_runs import composed_rounds, optimum_of
 
@@ -278,3 +279,12 @@ def test_a_task_that_is_run_in_rounds_is_its_own_class_to_others(tmp_path: Path)
     assert isinstance(run.task, type(plain.task))
     assert [name for name, _ in run.task.named_parameters()] == [name for name, _ in plain.task.named_parameters()]
     assert isinstance(run.task, nn.Module)
+
+
+def test_what_clients_have_spent_is_audited(tmp_path: Path) -> None:
+    options = ("federated.server_privacy=dp_fedavg", "federated.server_privacy.accountant=rdp", "federated.rounds=2")
+    run = digits(tmp_path, *options, "federated.local_steps=1", "federated.clients=20", "federated.fraction=0.5")
+    folder = run.execute(show_progress=False).folder
+    audit = audited(str(folder))
+    assert audit.said == pytest.approx(8.0, rel=1e-2)
+    assert [(each.steps, each.records) for each in audit.ledger.events] == [(2, 20)]
