@@ -26,7 +26,9 @@ from lightrail.federated.transport import Failure, Order, Transport
 from lightrail.federated.wire import nbytes, packed
 from lightrail.privacy.ledger import Ledger
 
-__all__ = ["Rounds", "ServerRounds"]
+__all__ = ["NAMED", "Rounds", "ServerRounds"]
+
+NAMED = 12  # clients that have curves of their own; of more, the report has one picture
 
 
 class Rounds(Callback):
@@ -218,19 +220,21 @@ class ServerRounds(Rounds):
 
     def _figures_of(self, answers: Sequence[Answer], failures: Sequence[Failure]) -> dict[str, float]:
         figures = _means([each.metrics for each in answers], [each.samples for each in answers])
-        losses = [each.metrics["loss"] for each in answers if "loss" in each.metrics]
-        if losses:
-            figures |= {"client_loss_min": min(losses), "client_loss_max": max(losses)}
+        losses = {each.client: each.metrics["loss"] for each in answers if "loss" in each.metrics}
+        if self.method.clients <= NAMED:
+            figures |= {f"client_loss:{client}": loss for client, loss in losses.items()}
+        elif losses:
+            figures |= {"client_loss:least": min(losses.values()), "client_loss:greatest": max(losses.values())}
         if all("epsilon" in each.metrics for each in answers):
             self._worst = max([self._worst, *(each.metrics["epsilon"] for each in answers)])
         if self._worst:
             figures["epsilon"] = self._worst
         last = self.record.last
         figures |= {
-            "clients": len(answers),
-            "left_out": len(failures),
-            "megabytes_sent": last["sent"] / 1e6,
-            "megabytes_received": sum(last["received"].values()) / 1e6,
+            "answers:used": len(answers),
+            "answers:left_out": len(failures),
+            "megabytes:sent": last["sent"] / 1e6,
+            "megabytes:received": sum(last["received"].values()) / 1e6,
         }
         if self.method.server_privacy is not None:
             figures |= {"epsilon": self.method.server_privacy.spent(), **self.method.server_privacy.logged()}

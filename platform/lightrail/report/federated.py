@@ -96,7 +96,8 @@ def figures(values: Mapping[str, Any]) -> dict[str, Figure]:
         found["samples_of_each_client"] = _partition(counts)
     if edges := about.get("edges"):
         found["topology"] = _graph(int(about["nodes"]), edges)
-    if losses := _losses(rounds):
+    losses = _losses(rounds)
+    if len(losses) > _NAMED:  # fewer have curves of their own
         found["loss_of_each_client"] = _client_losses(losses)
     return found
 
