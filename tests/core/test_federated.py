@@ -19,7 +19,7 @@ from lightrail.federated.rounds import Rounds, ServerRounds
 from lightrail.federated.transport import Failure, Order, Reply
 from lightrail.privacy.audit import audited
 from lightrail.run import Run
-from lightrail.testing.federated_runs import composed_rounds, optimum_of
+from lightrail.testing.federated_runs import Separation, composed_rounds, optimum_of
 
 DIGITS = ("model=mlp", "trainer.accelerator=cpu", "logger=[csv]", "optimizer=sgd", "optimizer.lr=0.1")
 Spoil = Callable[[Reply], Reply | Failure]
@@ -232,6 +232,28 @@ def test_nodes_end_near_each_other_and_near_the_data(tmp_path: Path) -> None:
     assert (rounds.model.weights() - optimum_of(run.data.A, run.data.c)).norm() < 0.1  # type: ignore[union-attr]
     assert rounds.record.about["spectral_gap"] == pytest.approx(0.12732, abs=1e-4)
     assert rounds.record.last["sent"] == 10 * 2 * 5 * 8
+
+
+class OwnBatches(Separation):
+    """A task that changes its batches itself."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return 2 * x, y
+
+
+def test_what_a_task_does_to_batches_happens_at_clients(tmp_path: Path) -> None:
+    ends = []
+    for task in ("Separation", "test_federated.OwnBatches"):
+        place = task if "." in task else f"lightrail.testing.federated_runs.{task}"
+        run = lightrail.compose(
+            [f"task={place}", "data=lightrail.testing.federated_runs.ClientClusters", "model=null", "optimizer=sgd",
+             "optimizer.lr=0.1", "+federated=fedavg", "federated.clients=3", "federated.rounds=1", "logger=[]",
+             "trainer.accelerator=cpu", f"run.root={tmp_path}"]
+        )  # fmt: skip
+        run.execute(show_progress=False)
+        ends.append(next(run.task.parameters()).detach().clone())
+    assert not torch.equal(ends[0], ends[1])
 
 
 # What is refused, before the first round.

@@ -115,6 +115,9 @@ class ClientData:
             # A client with less than a batch would have nothing.
             drop_last=shuffled and own.drop_last and len(dataset) >= (own.batch_size or 1),  # type: ignore[arg-type]
             pin_memory=own.pin_memory,
+            num_workers=own.num_workers,
+            worker_init_fn=own.worker_init_fn,
+            multiprocessing_context=own.multiprocessing_context,
         )
 
     def batch(self, client: int, index: int) -> Any:

@@ -87,7 +87,11 @@ def _of_server(run: Run, method: FederatedMethod) -> dict[str, Any]:
 
 def _give_rounds(source: Any, count: int) -> None:
     """The training batches of the server are rounds; the run's own loader is what clients divide among themselves."""
-    source.train_dataloader = lambda: DataLoader(range(count), batch_size=None)  # type: ignore[arg-type]
+    source.train_dataloader = lambda: DataLoader([_Round(i) for i in range(count)], batch_size=None)  # type: ignore[arg-type]
+
+
+class _Round(int):
+    """What stands in the place of a batch; what a task or its data does to batches is not meant for it."""
 
 
 class _Server(LightningModule):
@@ -109,6 +113,10 @@ class _Server(LightningModule):
     def configure_optimizers(self) -> Any:
         # It moves nothing, and counts rounds.
         return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        is_round = isinstance(batch, _Round)
+        return batch if is_round else super()._apply_batch_transfer_handler(batch, *args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None: ...
     def on_train_start(self) -> None: ...
