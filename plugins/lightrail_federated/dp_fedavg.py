@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from lightrail import Traits
-from lightrail.errors import ConfigurationError
 from lightrail.federated import ClientHorizon, ServerPrivacy
-from lightrail.options import between, non_negative, positive
+from lightrail.options import between, positive
 from lightrail.privacy.accounting import calibrated, checked_accountant, epsilon_of
 from lightrail.privacy.announcement import announce
 from lightrail.privacy.continuation import all_spent
 from lightrail.privacy.events import Event, joined
 from lightrail.privacy.ledger import ADD_OR_REMOVE, ZERO_OUT, Ledger, check_delta, default_delta
+from lightrail.privacy.method import DEFAULT_EPSILON, check_target
 from lightrail.privacy.noise import DeterministicNoise, NoiseSource, SystemNoise
 from lightrail.privacy.refusals import check_budget, check_continuation
 
 __all__ = ["DPFedAvg", "clipped_sum", "private_mean"]
-
-_DEFAULT_EPSILON = 8.0
 
 
 def clipped_sum(updates: Sequence[Tensor], S: float) -> Tensor:
@@ -143,18 +141,8 @@ class DPFedAvg(ServerPrivacy):
         checked_accountant(accountant)
         if delta is not None:
             between(0.0, 1.0, closed="neither", delta=delta)
-        if epsilon is not None and noise is not None:
-            raise ConfigurationError(
-                "both a target and a noise are given",
-                found=f"epsilon={epsilon:g} noise={noise:g}",
-                allowed="one of them: the noise is calibrated for the target, or the cost follows from the noise",
-                remedy="Leave one of them out.",
-            )
-        if epsilon is not None:
-            positive(epsilon=epsilon)
-        if noise is not None:
-            non_negative(noise=noise)
-        self.epsilon = _DEFAULT_EPSILON if epsilon is None and noise is None else epsilon
+        check_target(epsilon, noise)
+        self.epsilon = DEFAULT_EPSILON if epsilon is None and noise is None else epsilon
         self.delta, self.noise, self.clip_norm = delta, noise, clip_norm
         self.accountant, self.deterministic_noise = accountant, deterministic_noise
 

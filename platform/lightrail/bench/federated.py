@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass, field
 
-from lightrail.bench.table import Table
-from lightrail.errors import PluginError, UserError
+from lightrail.bench.table import Table, Tables, measured_apart
+from lightrail.errors import UserError
 
-__all__ = ["FederatedTables", "add_arguments", "measure"]
+__all__ = ["add_arguments", "measure"]
 
 _TITLES = {"tiny": "linear 64-10", "cnn": "CNN of two layers, 8 x 8 pictures, 29k parameters"}
 _MOST_STEP, _MOST_ROUND, _MOST_MEMORY = 1.1, 1 / 20, 2000.0
@@ -30,34 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass
-class FederatedTables:
-    """Tables of time and memory.
-
-    Args:
-        tables: In the order in which they are shown.
-        left_out: What could not be measured, with the reason.
-    """
-
-    tables: list[Table] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        """The tables for a terminal."""
-        return "\n\n\n".join([*(table.text() for table in self.tables), *self.left_out])
-
-    def to_dict(self) -> dict[str, object]:
-        """The tables as plain values."""
-        return {"tables": [table.to_dict() for table in self.tables], "left_out": self.left_out}
-
-
-def measure(options: argparse.Namespace) -> FederatedTables:
+def measure(options: argparse.Namespace) -> Tables:
     """Measures every way in processes of its own that take turns.
 
     Args:
         options: As :func:`add_arguments` describes, and ``rounds``: how often each process is started.
     """
-    found = FederatedTables()
+    found = Tables()
     for model in options.models:
         for clients in options.clients:
             found.tables += _compared(model, clients, options, found.left_out)
@@ -120,16 +95,12 @@ def _per_round(found: list[dict[str, float]]) -> list[float]:
 
 def _process(way: str, model: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
     python = options.flower if "flower" in way else sys.executable
-    command = [python, "-W", "ignore", "-m", "lightrail.bench.federated_ways", way, model]
-    command += ["--clients", str(clients), "--rounds", str(options.count)]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    finished = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        lines = [line for line in finished.stderr.splitlines() if line and not line.startswith(" ")]
-        raise PluginError(
-            f"{way} cannot be measured",
-            found=(lines or ["no reason"])[-1][:160],
-            allowed="a way that trains",
-            remedy="Install Flower with its simulation, or measure the others.",
-        )
-    return json.loads(next(line for line in reversed(finished.stdout.splitlines()) if line.startswith("{")))
+    words = [way, model, "--clients", str(clients), "--rounds", str(options.count)]
+    return measured_apart(
+        "lightrail.bench.federated_ways",
+        words,
+        dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+        what=f"{way} cannot be measured",
+        remedy="Install Flower with its simulation, or measure the others.",
+        python=python,
+    )

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from statistics import median
 
 from lightrail.bench.privacy_ways import OPACUS, WAYS, WITH_FOUR_DRAWS
-from lightrail.bench.table import Table
+from lightrail.bench.table import Table, Tables, measured_apart
 from lightrail.errors import PluginError, UserError, closest
 
-__all__ = ["PrivacyTables", "add_arguments", "measure"]
+__all__ = ["add_arguments", "measure"]
 
 _TITLES = {
     "mlp": "MLP 1024-2048-2048-10, 6.3M parameters",
@@ -36,28 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the processor (1)")
 
 
-@dataclass
-class PrivacyTables:
-    """Two tables a model, of time and of memory.
-
-    Args:
-        tables: In the order in which they are shown.
-        left_out: What could not be measured, with the reason.
-    """
-
-    tables: list[Table] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def text(self) -> str:
-        """The tables for a terminal."""
-        return "\n\n\n".join([*(table.text() for table in self.tables), *self.left_out])
-
-    def to_dict(self) -> dict[str, object]:
-        """The tables as plain values."""
-        return {"tables": [table.to_dict() for table in self.tables], "left_out": self.left_out}
-
-
-def measure(options: argparse.Namespace) -> PrivacyTables:
+def measure(options: argparse.Namespace) -> Tables:
     """Trains every model in every way, each time in a process of its own; the ways take turns.
 
     Args:
@@ -67,7 +41,7 @@ def measure(options: argparse.Namespace) -> PrivacyTables:
         PluginError: Opacus is not installed, there is no such model, or a way that is not Opacus's cannot train it.
     """
     _check(options)
-    found = PrivacyTables()
+    found = Tables()
     for model in options.models:
         times, memory = _taken(model, options, found.left_out)
         found.tables.append(_of_time(model, options, times))
@@ -123,21 +97,15 @@ def _taken(
 def _process(
     way: str, model: str, options: argparse.Namespace, steps: int, environment: dict[str, str]
 ) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "lightrail.bench.privacy_ways", way, model]
-    command += ["--batch", str(options.batch), "--steps", str(steps), "--device", options.device]
-    threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    finished = subprocess.run(
-        command, env={**os.environ, **threads, **environment}, capture_output=True, text=True, check=False
+    words = [way, model, "--batch", str(options.batch), "--steps", str(steps), "--device", options.device]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+    return measured_apart(
+        "lightrail.bench.privacy_ways",
+        words,
+        {**threads, **environment},
+        what=f"{way} cannot train {model}",
+        remedy="Measure the others.",
     )
-    if finished.returncode:
-        lines = [line for line in finished.stderr.splitlines() if line and not line.startswith(" ")]
-        raise PluginError(
-            f"{way} cannot train {model}",
-            found=(lines or ["no reason"])[-1][:160],
-            allowed="a way that trains it",
-            remedy="Measure the others.",
-        )
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def _setting(model: str, options: argparse.Namespace) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from typing import Any
 
-__all__ = ["Row", "Table"]
+from lightrail.errors import PluginError
+
+__all__ = ["Row", "Table", "Tables", "measured_apart"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +99,49 @@ class Table:
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
             "rows": [{**asdict(row), "median": row.median, "ratio": self.ratio(row)} for row in self.rows],
         }
+
+
+@dataclass
+class Tables:
+    """Several tables of one bench.
+
+    Args:
+        tables: In the order in which they are shown.
+        left_out: What could not be measured, with the reason.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The tables for a terminal."""
+        return "\n\n\n".join([*(table.text() for table in self.tables), *self.left_out])
+
+    def to_dict(self) -> dict[str, object]:
+        """The tables as plain values."""
+        return {"tables": [table.to_dict() for table in self.tables], "left_out": self.left_out}
+
+
+def measured_apart(
+    module: str, words: Sequence[str], environment: Mapping[str, str], *, what: str, remedy: str, python: str = ""
+) -> dict[str, Any]:
+    """What a program that measures in a process of its own says in its last line of JSON.
+
+    Args:
+        module: Run as ``python -m module``.
+        words: Its arguments.
+        environment: Variables beside those of this process.
+        what: What cannot be done where it fails, for the error.
+        remedy: What to do then.
+        python: The interpreter; this one where none is given.
+
+    Raises:
+        PluginError: It failed; its last words are in the error.
+    """
+    command = [python or sys.executable, "-W", "ignore", "-m", module, *words]
+    finished = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        lines = [line for line in finished.stderr.splitlines() if line and not line.startswith(" ")]
+        found = (lines or ["no reason"])[-1][:160]
+        raise PluginError(what, found=found, allowed="a way that trains it", remedy=remedy)
+    return json.loads(next(line for line in reversed(finished.stdout.splitlines()) if line.startswith("{")))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from lightrail.run.run import Run
     from lightrail.sample_gradients import SampleGradients
 
-__all__ = ["PrivacyMethod", "PrivateHorizon", "Release"]
+__all__ = ["DEFAULT_EPSILON", "PrivacyMethod", "PrivateHorizon", "Release", "check_target"]
 
-_DEFAULT_EPSILON = 8.0
+DEFAULT_EPSILON = 8.0
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class PrivacyMethod:
         public_metrics: bool = True,
         replace_batch_norm: bool | None = None,
     ) -> None:
-        _check_target(epsilon, noise)
+        check_target(epsilon, noise)
         if delta is not None:
             between(0.0, 1.0, closed="neither", delta=delta)
         if max_physical_batch is not None:
             at_least(1, max_physical_batch=max_physical_batch)
-        self.epsilon = _DEFAULT_EPSILON if epsilon is None and noise is None else epsilon
+        self.epsilon = DEFAULT_EPSILON if epsilon is None and noise is None else epsilon
         self.delta, self.noise, self.accountant = delta, noise, accountant
         self.sampling = self.samplings[0] if sampling is None else sampling
         one_of(self.samplings, sampling=self.sampling)
@@ -230,11 +230,17 @@ class PrivacyMethod:
         return made_private(self, run)
 
 
-def _check_target(epsilon: float | None, noise: float | None) -> None:
+def check_target(epsilon: float | None, noise: float | None) -> None:
+    """A target or a noise, and not both.
+
+    Args:
+        epsilon: What a run may cost; greater than 0.
+        noise: Noise multiplier; at least 0.
+    """
     if epsilon is not None and noise is not None:
         raise ConfigurationError(
             "both a target and a noise are given",
-            found=f"privacy.epsilon={epsilon:g} privacy.noise={noise:g}",
+            found=f"epsilon={epsilon:g} noise={noise:g}",
             allowed="one of them: the noise is calibrated for the target, or the cost follows from the noise",
             remedy="Leave one of them out.",
         )

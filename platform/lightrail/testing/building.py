@@ -109,3 +109,22 @@ def unless_named(word: str, attempt: Callable[[], None]) -> bool:
         )
         return False
     return True
+
+
+def require_refused(plugin: Any, options: Mapping[str, Any], told: str) -> None:
+    """Fails unless a plugin refuses options by an error in four parts.
+
+    Args:
+        plugin: The class or function.
+        options: What is wrong.
+        told: The same in words.
+    """
+    try:
+        plugin(**options)
+    except UserError as error:
+        parts = (error.what, error.found, error.allowed, error.remedy)
+        require(all(parts), f"{told} is refused by an error that lacks a part: {error}")
+    except Exception as error:
+        raise NonConformance(f"{told} is refused by a {type(error).__name__}, and no error in four parts") from error
+    else:
+        raise NonConformance(f"it accepted {told}")

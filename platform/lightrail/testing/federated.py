@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightrail.errors import UserError
 from lightrail.federated.gossip_rounds import GossipRounds
 from lightrail.federated.method import DecentralisedMethod, FederatedMethod, ServerMethod
 from lightrail.federated.rounds import Rounds, ServerRounds
@@ -24,10 +23,11 @@ from lightrail.testing.building import (
     check_names_its_paper,
     missing_options,
     refuses_unknown_options,
+    require_refused,
 )
 from lightrail.testing.federated_runs import composed_rounds
 from lightrail.testing.runs import require_close, require_equal, saved_and_loaded
-from lightrail.testing.suite import Check, NonConformance, NotApplicable, Suite, known_exceptions, name_of, require
+from lightrail.testing.suite import Check, NotApplicable, Suite, known_exceptions, name_of, require
 from lightrail.traits import traits_of
 
 __all__ = ["FederatedSuite"]
@@ -95,16 +95,7 @@ def check_refuses_what_is_out_of_range(plugin: Any, options: Options) -> None:
             continue
         wrong += [{name: math.nan}] if type(parameter.default) is float else [{name: -1}]
     for each in wrong:
-        told = ", ".join(f"{name}={value}" for name, value in each.items())
-        try:
-            plugin(**{**options, **each})
-        except UserError as error:
-            parts = (error.what, error.found, error.allowed, error.remedy)
-            require(all(parts), f"{told} is refused by an error that lacks a part: {error}")
-        except Exception as error:
-            raise NonConformance(f"{told} is refused by a {type(error).__name__}, no error in four parts") from error
-        else:
-            raise NonConformance(f"it accepted {told}")
+        require_refused(plugin, {**options, **each}, ", ".join(f"{name}={value}" for name, value in each.items()))
 
 
 def check_carries_out_rounds(plugin: Any, options: Options) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightrail.errors import ConfigurationError, UserError
+from lightrail.errors import ConfigurationError
 from lightrail.privacy.events import steps_per_epoch
 from lightrail.privacy.method import PrivacyMethod
 from lightrail.testing.building import (
@@ -18,11 +18,12 @@ from lightrail.testing.building import (
     check_names_its_paper,
     missing_options,
     refuses_unknown_options,
+    require_refused,
 )
 from lightrail.testing.privacy_release import RELEASE_CHECKS, with_noise
 from lightrail.testing.privacy_runs import PrivateEnd, clusters, private_run, solved
 from lightrail.testing.runs import require_close, require_equal, saved_and_loaded
-from lightrail.testing.suite import Check, NonConformance, NotApplicable, Suite, known_exceptions, name_of, require
+from lightrail.testing.suite import Check, NotApplicable, Suite, known_exceptions, name_of, require
 from lightrail.traits import traits_of
 
 __all__ = ["PrivacySuite"]
@@ -80,19 +81,7 @@ def check_refuses_what_is_out_of_range(plugin: Any, options: Options) -> None:
         if name not in common and type(parameter.default) in (int, float):
             wrong += [{name: -1}, {name: math.nan}] if type(parameter.default) is float else [{name: -1}]
     for each in wrong:
-        _require_refused(plugin, {**options, **each}, ", ".join(f"{name}={value}" for name, value in each.items()))
-
-
-def _require_refused(plugin: Any, options: Options, told: str) -> None:
-    try:
-        plugin(**options)
-    except UserError as error:
-        parts = (error.what, error.found, error.allowed, error.remedy)
-        require(all(parts), f"{told} is refused by an error that lacks a part: {error}")
-    except Exception as error:
-        raise NonConformance(f"{told} is refused by a {type(error).__name__}, and no error in four parts") from error
-    else:
-        raise NonConformance(f"it accepted {told}")
+        require_refused(plugin, {**options, **each}, ", ".join(f"{name}={value}" for name, value in each.items()))
 
 
 def check_spends_what_it_plans(plugin: Any, options: Options) -> None:
