@@ -108,7 +108,7 @@ class CDProxSGT(DProxSGT):
     Example:
         >>> from lightrail import compose
         >>> run = ["+federated=cdprox_sgt", "federated.nodes=4", "federated.compressor=top_k", "logger=[]"]
-        >>> compose(run).composition.config.federated.compressor.ratio
+        >>> compose(run).composition.config.compressor.ratio
         0.1
 
     Reference:

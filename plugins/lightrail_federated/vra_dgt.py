@@ -173,7 +173,8 @@ class VRADSGT(VRADGT):
 
     Example:
         >>> from lightrail import compose
-        >>> compose(["+federated=vra_dsgt", "federated.nodes=4", "federated.a=50", "logger=[]"]).config.federated.a
+        >>> run = compose(["+federated=vra_dsgt", "federated.nodes=4", "federated.a=50", "logger=[]"])
+        >>> run.composition.config.federated.a
         50
 
     Reference:

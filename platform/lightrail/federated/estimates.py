@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +54,10 @@ class Estimates:
             known[name] = known.get(name, torch.zeros_like(change)) + change
         return dataclasses.replace(answer, vectors={**answer.vectors, **known})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
         """What is known, by client and name."""
         return {client: dict(vectors) for client, vectors in self._known.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[int, dict[str, Tensor]]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._known = {int(client): dict(vectors) for client, vectors in state.items()}

@@ -74,7 +74,6 @@ class GossipRounds(Rounds):
         self.state = self.method.start(X, gossip)
 
     def carry_out(self) -> dict[str, float]:
-        assert self.state is not None
         gossip = self.gossip
         gossip.begin_round(self.done)
         self.state = self.method.step(self.state, gossip)

@@ -47,7 +47,7 @@ class Rounds(Callback):
         self.lr = 0.0  # that clients had last
         self.record = FederatedRecord()
         self.model = LocalModel(task)
-        self.state: State | None = None  # of the method
+        self.state: State = {}  # of the method; empty before the first round
         self._figures: dict[str, float] = {}
 
     @property
@@ -71,7 +71,7 @@ class Rounds(Callback):
 
     def step(self) -> dict[str, Tensor]:
         """One round, as the step of a trainer."""
-        if self.state is None:
+        if not self.state:
             self.begin()
         figures = self.carry_out()
         self.done += 1
@@ -152,7 +152,6 @@ class ServerRounds(Rounds):
 
     def carry_out(self) -> dict[str, float]:
         self._open()
-        assert self.state is not None
         method, round_index = self.method, self.done
         chosen = self._chosen(round_index)
         message = {**method.message(self.state, round_index)}
@@ -190,7 +189,6 @@ class ServerRounds(Rounds):
         privacy = method.server_privacy
         vectors = [each.vectors for each in answers]
         if privacy is not None:
-            assert self.state is not None
             like = self.state["weights"]
             return {"update": privacy.mean([v["update"] for v in vectors]) if vectors else privacy.nothing(like)}
         if not answers:
@@ -253,7 +251,7 @@ class ServerRounds(Rounds):
 
     def account(self) -> Ledger | None:
         """What the run has spent of privacy: the server's account, or that of the client that has spent most."""
-        if self.method.server_privacy is not None and self.state is not None:
+        if self.method.server_privacy is not None and self.state:
             return self.method.server_privacy.ledger()
         return worst_ledger(self.transport.state_dict().get("states", {}))
 
@@ -265,7 +263,7 @@ class ServerRounds(Rounds):
             "worst": self._worst,
             "clients": self.transport.state_dict(),
             "estimates": self._estimates.state_dict(),
-            "privacy": None if privacy is None or self.state is None else privacy.state_dict(),
+            "privacy": None if privacy is None or not self.state else privacy.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

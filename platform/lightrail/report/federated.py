@@ -164,6 +164,8 @@ def _losses(rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, fl
 
 
 def _client_losses(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _plain()
     is_few = len(losses) <= _NAMED
     for index, (client, points) in enumerate(sorted(losses.items(), key=lambda each: int(each[0]))):
@@ -177,7 +179,7 @@ def _client_losses(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
         axes.set_yscale("log")
     axes.set_xlabel("round", color=INK, fontsize=10)
     axes.set_ylabel("training loss", color=INK, fontsize=10)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     if is_few:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=_NAMED, frameon=False, fontsize=9,
                     labelcolor=INK, handlelength=1.2, columnspacing=1.1, borderaxespad=0.1)  # fmt: skip

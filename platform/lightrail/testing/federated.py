@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -106,8 +106,8 @@ def check_carries_out_rounds(plugin: Any, options: Options) -> None:
     require(all(bool(x.isfinite().all()) for x in found), "the model is not finite after a few rounds")
     require(not torch.equal(found[-1], before), "rounds do not move the model")
     state = rounds.state
-    require(state is not None, "it keeps no state")
-    require(all(isinstance(v, Tensor) for v in (state or {}).values()), "its state is not tensors by name")
+    require(state, "it keeps no state")
+    require(all(isinstance(v, Tensor) for v in state.values()), "its state is not tensors by name")
     require(any(each["sent"] for each in rounds.record.rounds), "no bytes are counted in any round")
     for name, value in rounds.logged().items():
         require(isinstance(value, int | float), f"logged() holds {name!r}: {value!r}")
@@ -161,7 +161,7 @@ def check_goes_on_without_a_client(plugin: Any, options: Options) -> None:
     for spoiled in (_break, _send_nan):
         rounds = _rounds(plugin, options)
         assert isinstance(rounds, ServerRounds)
-        rounds.transport = _Spoiled(rounds.transport, spoiled)
+        rounds.transport = cast(Any, _Spoiled(rounds.transport, spoiled))
         found = _carried_out(rounds)
         require(all(bool(x.isfinite().all()) for x in found), "one client breaks the model")
         named = {client for each in rounds.record.rounds for client in each["left_out"]}

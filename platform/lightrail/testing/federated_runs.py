@@ -216,7 +216,7 @@ class All(Topology):
         return [(i, j) for i in range(nodes) for j in range(i + 1, nodes)]
 
 
-def composed_rounds(folder: Path, *overrides: str) -> tuple[Run, Rounds]:
+def composed_rounds(folder: Path, *overrides: str) -> tuple[Run, Any]:
     """A federated run, ready for ``rounds.step()`` again and again.
 
     Args:

@@ -28,6 +28,7 @@ class FederatedDigits(RunProblem):
         "model.hidden=[64]",
         "optimizer=sgd",
         "schedule=null",
+        "federated=fedavg",
         "federated.clients=10",
         "federated.rounds=40",
         "federated.local_epochs=2",

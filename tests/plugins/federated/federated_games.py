@@ -29,6 +29,7 @@ def game_rounds(folder, method, count, *overrides, task="Game", data="ClientGame
             *overrides,
         ]
     )
+    assert run.data is not None
     run.data.prepare_data()
     run.data.setup("fit")
     rounds = next(each for each in run.callbacks if isinstance(each, Rounds))

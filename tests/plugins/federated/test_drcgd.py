@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Conjugate gradients over orthonormal matrices: they stay orthonormal, and the bound of β is what makes them fast."""
 
 from __future__ import annotations

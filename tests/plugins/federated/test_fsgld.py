@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """FSGLD: the posterior that is known, conducive gradients without a bias, and rounds by hand."""
 
 from __future__ import annotations

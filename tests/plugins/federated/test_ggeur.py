@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """GGEUR: covariances pooled exactly, samples filled up, and federated averaging around them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """MASHA: extragradient without compression, the equilibrium with it, and bytes as promised."""
 
 from __future__ import annotations

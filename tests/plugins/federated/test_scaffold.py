@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """SCAFFOLD: exact where FedAvg is biased, its control variates, and the optimizers that it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """The token that avoids what it has seen: its walk, its limits, and how much less the weights vary."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """WAFL: the inner maximum that is known, federated averaging as its limit, and a round by hand."""
 
 from __future__ import annotations
