@@ -257,6 +257,42 @@ def test_what_a_task_does_to_batches_happens_at_clients(tmp_path: Path) -> None:
     assert not torch.equal(ends[0], ends[1])
 
 
+class AsksItsTrainer(Separation):
+    """A task whose loss depends on what only a trainer knows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        found = super().training_step(batch, batch_idx)
+        return {"loss": found["loss"] * (1 + self.trainer.accumulate_grad_batches)}
+
+
+CLUSTERS = ("data=lightrail.testing.federated_runs.ClientClusters", "+federated=fedavg", "federated.clients=3")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("federated.local_epochs=2",),
+        ("federated.local_steps=3", "+federated=fedprox", "federated.mu=0.1"),
+        ("+transform=[clip_norm]", "schedule=cosine"),
+        ("task=test_federated.AsksItsTrainer",),
+    ],
+)
+def test_the_plain_loop_gives_what_the_trainer_gives(options: tuple[str, ...], tmp_path: Path) -> None:
+    ends = []
+    for is_plain in (True, False):
+        overrides = ["task=lightrail.testing.federated_runs.Separation", *CLUSTERS, "federated.rounds=3", *options]
+        rounds = composed_rounds(tmp_path, *overrides)[1]
+        side = rounds.transport._make()
+        assert side._trainer.is_plain
+        side._trainer.is_plain = is_plain
+        for _ in range(3):
+            rounds.step()
+        assert side._trainer.is_plain == (is_plain and "task=" not in options[0])
+        ends.append((rounds.model.weights(), rounds.lr))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 # What is refused, before the first round.
 
 REFUSED = {

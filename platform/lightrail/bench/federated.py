@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> Tables:
 
 
 def _compared(model: str, clients: int, options: argparse.Namespace, left_out: list[str]) -> list[Table]:
-    ways = ["plain", "here", "flower", "ours over flower"]
+    ways = ["plain", "here", "flower with trainers", "flower", "ours over flower"]
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(options.rounds):
         # Whoever comes first in a round has no advantage over all rounds.
@@ -70,17 +70,19 @@ def _compared(model: str, clients: int, options: argparse.Namespace, left_out: l
     steps.add("plain", _column(taken["plain"], "milliseconds_per_step"))
     steps.add("engine=here", _column(taken["here"], "milliseconds_per_step"), "plain", _MOST_STEP)
     tables = [steps]
-    if taken["flower"]:
+    if taken["flower"] and taken["flower with trainers"]:
         rounds = Table(
             f"a round: {setting}",
             "ms",
-            "Flower's simulation with its own FedAvg and a plain loop of torch; its start-up, which is not counted, "
-            "takes seconds more",
+            "Flower's simulation with its own FedAvg, two clients at a time: a Lightning Trainer at each client, as a "
+            "LightningModule wants one, and a plain loop of torch; its start-up, which is not counted, takes seconds "
+            "more",
         )
-        rounds.add("Flower's simulation", _per_round(taken["flower"]))
-        rounds.add("engine=here", _per_round(taken["here"]), "Flower's simulation", _MOST_ROUND)
+        rounds.add("Flower, trainers", _per_round(taken["flower with trainers"]))
+        rounds.add("Flower, by hand", _per_round(taken["flower"]), "Flower, trainers")
+        rounds.add("engine=here", _per_round(taken["here"]), "Flower, trainers", _MOST_ROUND)
         if taken["ours over flower"]:
-            rounds.add("engine=flower", _per_round(taken["ours over flower"]), "Flower's simulation")
+            rounds.add("engine=flower", _per_round(taken["ours over flower"]), "Flower, trainers")
         tables.append(rounds)
     return tables
 

@@ -12,6 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,36 @@ def _plain(model: str, clients: int, rounds: int) -> dict[str, float]:
     return {"milliseconds_per_step": 1e3 * (clock.times[-1] - clock.times[0]) / steps}
 
 
-def _flower(model: str, clients: int, rounds: int) -> dict[str, float]:
-    """Flower's own FedAvg in its simulation, with a plain loop of torch at each client."""
+def _by_hand(network: nn.Module, loader: DataLoader[Any]) -> None:
+    """A plain loop of torch."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+
+
+def _by_trainer(network: nn.Module, loader: DataLoader[Any]) -> None:
+    """A Lightning Trainer, as a client whose model is a LightningModule has one."""
+    import logging
+
+    from lightning.pytorch import Trainer
+
+    class Task(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    task = Task()
+    task.network = network
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
+    Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(task, loader)
+
+
+def _flower(
+    model: str, clients: int, rounds: int, fit: Callable[[nn.Module, DataLoader[Any]], None] = _by_hand
+) -> dict[str, float]:
+    """Flower's own FedAvg in its simulation."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     from flwr.app import ArrayRecord, MetricRecord, RecordDict  # type: ignore[import-not-found]
@@ -170,11 +199,7 @@ def _flower(model: str, clients: int, rounds: int) -> dict[str, float]:
         part: Dataset[Any] = Subset(_records(clients), range(number * PER_CLIENT, (number + 1) * PER_CLIENT))
         network = MODELS[model]()
         network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-        for x, y in DataLoader(part, batch_size=BATCH, shuffle=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
-            optimizer.step()
+        fit(network, DataLoader(part, batch_size=BATCH, shuffle=True))
         content = {"arrays": ArrayRecord(network.state_dict()), "metrics": MetricRecord({"num-examples": PER_CLIENT})}
         return Message(content=RecordDict(content), reply_to=message)
 
@@ -203,6 +228,7 @@ WAYS: dict[str, Callable[[str, int, int], dict[str, float]]] = {
     "plain": _plain,
     "many": _many,
     "flower": _flower,
+    "flower with trainers": partial(_flower, fit=_by_trainer),
     "ours over flower": _ours_over_flower,
 }
 

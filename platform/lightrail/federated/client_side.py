@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,7 +19,7 @@ from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, ServerMethod
 from lightrail.federated.randomness import generator_for, seed_for, seeded
 from lightrail.federated.transport import Order, Reply
-from lightrail.federated.visit import Visit, visiting_trainer
+from lightrail.federated.visit import Visit, VisitingTrainer
 from lightrail.federated.wire import FORGET, Wire, packed, unpacked
 from lightrail.run.run import Run
 
@@ -63,8 +62,8 @@ class ClientSide:
         return ClientData(loader, self.method, self.seed, self._rebuilt if run.data is not None else None)
 
     @cached_property
-    def _trainer(self) -> Trainer:
-        return visiting_trainer(self.run)
+    def _trainer(self) -> VisitingTrainer:
+        return VisitingTrainer(self.run)
 
     def _rebuilt(self, **changes: Any) -> Dataset[Any]:
         """The training dataset of the run's data plugin with some options changed."""

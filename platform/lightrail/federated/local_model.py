@@ -15,7 +15,7 @@ from torch import Tensor
 from lightrail.step.evaluation import loss_in
 from lightrail.step.players import Game, game_of
 
-__all__ = ["Layout", "LocalModel"]
+__all__ = ["Layout", "LocalModel", "as_it_was"]
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,21 @@ class LocalModel:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """What a task logs while no trainer runs has nowhere to go."""
-        self.task.log = self.task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
-        try:
+        with as_it_was(self.task, "log", "log_dict"):
+            self.task.log = self.task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
             yield
-        finally:
-            del self.task.log, self.task.log_dict
 
     def _joined(self, tensors: list[Any]) -> Tensor:
         return torch.cat([each.detach().reshape(-1).to(self.dtype) for each in tensors])
+
+
+@contextmanager
+def as_it_was(task: LightningModule, *names: str) -> Iterator[None]:
+    """What of a task is replaced inside is its own again afterwards."""
+    own = {name: vars(task)[name] for name in names if name in vars(task)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(task).pop(name, None)
+        vars(task).update(own)

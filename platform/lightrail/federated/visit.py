@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from lightrail.federated.local_model import as_it_was
+from lightrail.federated.plain_loop import NeedsTrainer, is_plain, train_plainly
 from lightrail.run.assembly import attach_optimizer, attach_step
 from lightrail.run.run import Run
 from lightrail.run.tracking import TrainingMetrics
+from lightrail.step.randomness import RandomState
 from lightrail.step.transform import Transform
 
-__all__ = ["Trained", "Visit", "fresh", "visiting_trainer"]
+__all__ = ["Trained", "Visit", "VisitingTrainer", "fresh"]
 
 # What of the trainer belongs to the run as a whole; the rest holds on every client.
 _OF_THE_RUN = (
@@ -45,30 +47,29 @@ class Trained:
     lr: float | None
 
 
-def visiting_trainer(run: Run) -> Trainer:
+class VisitingTrainer:
     """A trainer that says and writes nothing, for all visits: to make one takes longer than a small visit.
 
     Args:
-        run: As it was composed.
+        run: Of the clients.
     """
-    options = {
-        {"accumulate": "accumulate_grad_batches"}.get(key, key): value
-        for key, value in run.trainer.items()
-        if key not in _OF_THE_RUN
-    }
-    trainer = Trainer(
-        logger=False,
-        devices=1,
-        max_epochs=1,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
+
+    def __init__(self, run: Run) -> None:
+        options = {key: value for key, value in run.trainer.items() if key not in _OF_THE_RUN}
+        self.trainer = Trainer(
+            logger=False,
+            devices=1,
+            max_epochs=1,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **{{"accumulate": "accumulate_grad_batches"}.get(key, key): value for key, value in options.items()},
+        )
+        self.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.is_plain = is_plain(run, self.trainer, options)
+        """Whether the plain loop does what the trainer would."""
 
 
 class Visit:
@@ -79,7 +80,7 @@ class Visit:
         loader: The client's samples.
         epochs: Passes over them.
         steps: Optimizer steps in place of passes.
-        trainer: Of :func:`visiting_trainer`.
+        trainer: That of all visits.
         place: Which visit this is, and of how many: what is planned for the whole run, as a schedule is, goes on from
             visit to visit.
     """
@@ -92,7 +93,7 @@ class Visit:
         epochs: int,
         steps: int | None,
         place: tuple[int, int],
-        trainer: Trainer,
+        trainer: VisitingTrainer,
     ) -> None:
         self._run = run
         self._loader = loader
@@ -114,13 +115,26 @@ class Visit:
             schedule=None if self._run.schedule is None else self._part_of_schedule(self._run.schedule),
             callbacks=(),
         )
-        trainer, figures = self._trainer, _Figures()
+        if self._trainer.is_plain:
+            before = copy.deepcopy(run.task.state_dict()), RandomState.capture()
+            known = {"folder": self._trainer.trainer.default_root_dir, "batch_size": self._loader.batch_size}
+            try:
+                with as_it_was(run.task, "training_step"):
+                    if change_batch is not None:
+                        _change_batches(run.task, change_batch)
+                    return Trained(*train_plainly(run, self._loader, self._epochs, self._steps, known))
+            except NeedsTrainer:
+                self._trainer.is_plain = False
+                run.task.load_state_dict(before[0])
+                before[1].restore()
+                return self.train(corrections, change_batch)
+        trainer, figures = self._trainer.trainer, _Figures()
         trainer.callbacks = [figures]  # type: ignore[attr-defined]
         # Loops of its own: nothing of an earlier visit is left.
         trainer.fit_loop.max_epochs = self._epochs if self._steps is None else -1
         trainer.fit_loop.epoch_loop.max_steps = -1 if self._steps is None else self._steps
         attach_step(run, trainer)
-        with _as_it_was(run.task, "configure_optimizers", "training_step"):
+        with as_it_was(run.task, "configure_optimizers", "training_step"):
             attach_optimizer(run, trainer, {}, lambda text: None)
             if change_batch is not None:
                 _change_batches(run.task, change_batch)
@@ -139,18 +153,6 @@ class Visit:
             return made
 
         return make
-
-
-@contextmanager
-def _as_it_was(task: LightningModule, *names: str) -> Iterator[None]:
-    """What of a task is replaced inside is its own again afterwards."""
-    own = {name: vars(task)[name] for name in names if name in vars(task)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(task).pop(name, None)
-        vars(task).update(own)
 
 
 def _change_batches(task: LightningModule, change: Callable[[Any], Any]) -> None:
