@@ -118,7 +118,7 @@ def test_one_step_of_all_is_gradient_descent_and_more_are_biased(tmp_path: Path)
         )  # fmt: skip
         for _ in range(60 if steps == 1 else 8):
             rounds.step()
-            ends.append(float((rounds.state["weights"] - optimum_of(run.data.A, run.data.c)).norm()))  # type: ignore[union-attr]
+        ends.append(float((rounds.state["weights"] - optimum_of(run.data.A, run.data.c)).norm()))  # type: ignore[union-attr]
     assert ends[0] < 1e-8
     assert ends[1] > 0.01
 
@@ -208,7 +208,7 @@ def test_a_stopped_run_goes_on_after_its_last_round(tmp_path: Path) -> None:
     assert resumed.summary["steps"] == 3
     record = json.loads((folder / "federated.json").read_text())
     assert [each["round"] for each in record["rounds"]] == [0, 1, 2]
-    assert "loss of each client" in (folder / "report.html").read_text().lower()
+    assert "client loss" in (folder / "report.html").read_text().lower()
 
 
 def test_statistics_of_layers_are_averaged_and_counts_are_not(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from warm_process import run_warm
-
 from lightrail.run.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
@@ -28,7 +26,15 @@ RUN = [
 
 def train(folder: Path, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
-    return run_warm([sys.executable, "-m", "lightrail.train", *overrides], cwd=folder, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", "lightrail.train", *overrides],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_a_killed_run_that_is_resumed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
@@ -66,7 +72,7 @@ def test_ranks_that_composed_different_configurations_are_refused(tmp_path: Path
         "sys.exit(main([*sys.argv[1:], f'data.batch_size={size}']))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    refused = run_warm(
+    refused = subprocess.run(
         [
             sys.executable,
             str(program),
@@ -79,6 +85,10 @@ def test_ranks_that_composed_different_configurations_are_refused(tmp_path: Path
         ],
         cwd=tmp_path,
         env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "composed different configurations" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from privacy_ddp_program import masks
-from warm_process import run_warm
 
 HERE = Path(__file__).parent
 NUMBERS = 4 * 6 + 6 + 6 * 2 + 2
@@ -23,8 +23,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("private-ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     for devices in (1, 2):
-        program = [sys.executable, HERE / "privacy_ddp_program.py", folder, str(devices)]
-        run_warm(program, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, str(HERE / "privacy_ddp_program.py"), str(folder), str(devices)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=200,
+        )
     return {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt")}
 
 

@@ -79,7 +79,8 @@ def run(folder: Path, command: list[str], warm: bool = True) -> subprocess.Compl
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     environment.pop("LIGHTRAIL_RUN_FOLDER", None)
-    if warm:
+    # Processes that speak with each other begin anew: a fork of one that has threads can stand still in a collective.
+    if warm and not any("devices=" in word for word in command):
         return run_warm(command, cwd=folder, env=environment, timeout=900)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
-from warm_process import run_warm  # type: ignore[import-not-found]
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.testing.quiet_trainer import quiet_trainer
@@ -453,8 +453,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     program.write_text(PROGRAM.format(imported=imported))
     found = []
     for devices in (1, 2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run_warm([sys.executable, program, tmp_path, str(devices)], env=environment, check=True)
+        subprocess.run([sys.executable, str(program), str(tmp_path), str(devices)], check=True, capture_output=True,
+                       timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         found.append(torch.load(tmp_path / f"{devices}.pt"))
     one, two = found
     assert one.keys() == two.keys() == {0, 2}
