@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from lightrail.generation import Denoiser, Guidance, Measurement, Sampler, SamplerWrapper, TimeGrid
     from lightrail.generation.search import Search
     from lightrail.generation.text import TokenSampler
+    from lightrail.launch import Launch
     from lightrail.privacy import PrivacyMethod
     from lightrail.run import Result, Run, compose
     from lightrail.sample_gradients import SampleGradients
     from lightrail.step import Batching, Closure, CombinedOptimizer, Extent, Portion, Transform, TransformedOptimizer
+    from lightrail.sweep import SweepMethod
     from lightrail.traits import Claim, Peer, SamplingClaim, Traits
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Extent",
     "Gossip",
     "Guidance",
+    "Launch",
     "LightrailError",
     "Measurement",
     "Partition",
@@ -59,6 +62,7 @@ __all__ = [
     "Search",
     "ServerMethod",
     "ServerPrivacy",
+    "SweepMethod",
     "TimeGrid",
     "TokenSampler",
     "Topology",
@@ -83,6 +87,7 @@ _HOMES = {
     "Extent": "lightrail.step",
     "Gossip": "lightrail.federated",
     "Guidance": "lightrail.generation",
+    "Launch": "lightrail.launch",
     "LightrailError": "lightrail.errors",
     "Measurement": "lightrail.generation",
     "Partition": "lightrail.federated",
@@ -98,6 +103,7 @@ _HOMES = {
     "Search": "lightrail.generation.search",
     "ServerMethod": "lightrail.federated",
     "ServerPrivacy": "lightrail.federated",
+    "SweepMethod": "lightrail.sweep",
     "TimeGrid": "lightrail.generation",
     "TokenSampler": "lightrail.generation.text",
     "Topology": "lightrail.federated",

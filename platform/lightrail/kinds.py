@@ -144,6 +144,12 @@ KINDS: dict[str, Kind] = {
             base="Problem",
             commands=(),
         ),
-        Kind("launch", "where the run executes", commands=("train", "generate")),
+        Kind("launch", "a lightrail.Launch: where the run is carried out", base="Launch"),
+        Kind(
+            "sweep",
+            "a lightrail.SweepMethod: which configuration of a sweep is tried next",
+            base="SweepMethod",
+            supplied=("space", "folder", "goal"),
+        ),
     )
 }

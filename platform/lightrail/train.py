@@ -7,10 +7,16 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lightrail.errors import Interrupted
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from lightrail.run.run import Run
+
+__all__ = ["main", "run_to_end"]
+
+_UNSPOKEN = ("logger", "callback", "launch", "sweep")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    # What a launch starts elsewhere: the run whose order lies in this folder.
+    parser.add_argument("--order")
     parser.add_argument("--version", action="store_true")
     return parser
 
@@ -55,6 +63,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
         print(OmegaConf.to_yaml(configuration.compose(overrides, config_dirs=options.config_dir).config), end="")
         return 0
+    if options.order:
+        from lightrail.launch.carrying_out import carry_out
+
+        return carry_out(options.order)
     if options.multirun:
         from lightrail.sweep import run_sweep
 
@@ -63,10 +75,29 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_once(overrides: list[str], config_dirs: Sequence[str]) -> int:
-    from lightrail.run import compose
+    from lightrail.configuration import compose
+    from lightrail.launch.submission import submitted
+    from lightrail.run.build import build
+    from lightrail.run.resume import find_resumed
+
+    resumed = find_resumed(overrides)
+    typed = list(overrides) if resumed is None else resumed.overrides(overrides)
+    composition = compose(typed, config_dirs=config_dirs)
+    status = submitted(composition, resumed)
+    return run_to_end(build(composition, resumed)) if status is None else status
+
+
+def run_to_end(run: Run) -> int:
+    """Executes a run in this process, with progress and a table of results on the terminal.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The exit status: 0, or 128 + N where signal N asked for a stop.
+    """
     from lightrail.run.execution import execute
 
-    run = compose(overrides, config_dirs=config_dirs)
     is_first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
     if is_first:
         _announce(run)
@@ -83,11 +114,11 @@ def _run_once(overrides: list[str], config_dirs: Sequence[str]) -> int:
     return 0
 
 
-def _announce(run: object) -> None:
+def _announce(run: Run) -> None:
     """One line on what runs, and one for each decision that was taken for the user."""
-    names = [f"{each.kind} {each.name}" for each in run.composition.chosen if each.kind not in ("logger", "callback")]  # type: ignore[attr-defined]
+    names = [f"{each.kind} {each.name}" for each in run.composition.chosen if each.kind not in _UNSPOKEN]
     print(" · ".join(names), file=sys.stderr)
-    for note in run.notes:  # type: ignore[attr-defined]
+    for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -16,6 +16,8 @@ PACKAGES = (
     "lightrail_schedules",
     "lightrail_privacy",
     "lightrail_federated",
+    "lightrail_launch",
+    "lightrail_sweeps",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightrail import sweep
+from lightrail.sweep import running as sweep
 from lightrail.privacy.events import Event
 from lightrail.privacy.ledger import Ledger, composed
 from lightrail.privacy.trials import spent_together

@@ -117,7 +117,7 @@ def _options(config: DictConfig, path: str) -> dict[str, Any]:
 
 
 def fingerprint(config: DictConfig) -> str:
-    """A digest of everything that shapes a run: equal for configurations that differ in ``run`` at most.
+    """A digest of everything that shapes a run: equal where only ``run`` and ``launch`` differ.
 
     Args:
         config: A composed configuration.
@@ -130,7 +130,7 @@ def fingerprint(config: DictConfig) -> str:
     shaping = {
         str(key): [list(item) for item in value.items()] if _is_ordered(str(key), value) else value
         for key, value in plain.items()
-        if key != "run"
+        if key not in ("run", "launch")
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
 

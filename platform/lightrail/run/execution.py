@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
 
-from lightrail.configuration import fingerprint
+from lightrail.configuration import Composition, fingerprint
 from lightrail.errors import CompositionError, Interrupted, UserError
 from lightrail.run.added_metrics import AddedMetrics
 from lightrail.run.assembly import attach_optimizer, attach_step
@@ -29,7 +29,7 @@ from lightrail.run.lock import check_lock, lock_of
 from lightrail.run.observation import Observation, checkpoint_path
 from lightrail.run.run import Result, Run
 
-__all__ = ["execute"]
+__all__ = ["execute", "new_folder"]
 
 # Keys of the trainer group that Lightning's Trainer knows by another name or not at all.
 _RENAMED = {"accumulate": "accumulate_grad_batches"}
@@ -96,6 +96,8 @@ def _folder_for_children() -> Iterator[None]:
 
 def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
     config = run.composition.config
+    if run.order is not None:
+        return RunFolder(run.order.folder)
     inherited = folder_from_environment()
     if inherited is not None:
         return inherited
@@ -105,18 +107,27 @@ def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
         # Another program started this rank; the first one says at set-up where the folder is.
         return RunFolder(Path(config.run.root))
     else:
-        title = "_".join(
-            each.name.rpartition(".")[2].replace(":", "-")
-            for kind in ("data", "model", "optimizer")
-            for each in run.composition.chosen
-            if each.kind == kind
-        )
-        folder = RunFolder.create(Path(config.run.root), config.run.name, title)
+        folder = new_folder(run.composition)
     if not _get_rank():
         os.environ[FOLDER_VARIABLE] = str(folder.path)
         folder.write_text(folder.config, OmegaConf.to_yaml(config, resolve=True))
         folder.write_json(folder.lock, lock)
     return folder
+
+
+def new_folder(composition: Composition) -> RunFolder:
+    """Makes the folder of a run that begins.
+
+    Raises:
+        RunFolderError: It cannot be made, or its name is taken.
+    """
+    title = "_".join(
+        each.name.rpartition(".")[2].replace(":", "-")
+        for kind in ("data", "model", "optimizer")
+        for each in composition.chosen
+        if each.kind == kind
+    )
+    return RunFolder.create(Path(composition.config.run.root), composition.config.run.name, title)
 
 
 def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trainer:
@@ -180,7 +191,8 @@ def _agree(run: Run, trainer: Trainer, observation: Observation) -> None:
     path = trainer.strategy.broadcast(str(observation.folder.path))
     observation.folder = RunFolder(Path(path))
     found: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(found, fingerprint(run.composition.config))
+    digest = None if run.order is None else run.order.digest
+    torch.distributed.all_gather_object(found, (fingerprint(run.composition.config), digest))
     if len(set(found)) > 1:
         odd = [rank for rank, each in enumerate(found) if each != found[0]]
         raise CompositionError(

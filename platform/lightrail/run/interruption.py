@@ -1,4 +1,7 @@
-"""Signals: the first one asks for a stop at the next batch boundary, a second SIGINT stops at once."""
+"""Signals: the first one asks for a stop at the next batch boundary, a second SIGINT stops at once.
+
+SIGTERM, SIGUSR1 and SIGUSR2 are those by which clusters warn of a time limit or of preemption.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from typing import Any
 from lightrail.errors import UserError
 
 __all__ = ["Interruption", "StoppedAtOnce"]
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StoppedAtOnce(UserError):
@@ -31,11 +37,11 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
-        """SIGINT and SIGTERM are ours inside; the former handlers come back on the way out."""
+        """The signals are ours inside; the former handlers come back on the way out."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        former = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield self
         finally:

@@ -39,11 +39,12 @@ class Resolved:
         return self.objects[chosen.path]
 
 
-def resolve(composition: Composition) -> Resolved:
+def resolve(composition: Composition, *, is_here: bool = True) -> Resolved:
     """Loads what was chosen and checks that it fits together.
 
     Args:
         composition: What the configuration composed.
+        is_here: Whether it will run on this machine, whose devices are then counted.
 
     Raises:
         CompositionError: Plugins that cannot work together, with what to change.
@@ -60,7 +61,8 @@ def resolve(composition: Composition) -> Resolved:
     ]
     _check_precision(methods, str(trainer.precision))
     _check_sharding(methods, str(trainer.get("strategy", "auto")))
-    _check_devices(trainer)
+    if is_here:
+        _check_devices(trainer)
     _check_batching(chosen, trainer)
     _check_evaluation_points(methods)
     _check_parts(chosen)

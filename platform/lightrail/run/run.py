@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightrail.configuration import Composition
+from lightrail.launch.order import Order
 from lightrail.run.resume import Resumed
 from lightrail.step.batching import Batching
 from lightrail.step.players import Game
@@ -66,6 +67,7 @@ class Run:
         privacy: What makes every step private; ``None`` where nothing does.
         trainer: The ``trainer`` group of the configuration.
         resumed: The run that this one continues.
+        order: The written order that it carries out, in the folder where that stands; ``None`` for what was just typed.
         notes: What was decided for the user, one sentence each.
     """
 
@@ -85,6 +87,7 @@ class Run:
     privacy: PrivacyEngine | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     resumed: Resumed | None = None
+    order: Order | None = None
     notes: Sequence[str] = ()
 
     def execute(self, *, show_progress: bool = True) -> Result:

@@ -1,0 +1,157 @@
+"""The supervisor of a job: ``python -m lightrail.launch.node FOLDER``, on the machine that carries it out.
+
+It costs no torch. It makes sure that an order is carried out by one at a time and not again after its end, hands
+signals on to the run, starts a run again that died without a word, and writes down how it ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Supervisor", "main"]
+
+HELD = 75  # the exit status of one that found the order in other hands
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Supervisor:
+    """Carries out the order in a run folder.
+
+    Args:
+        folder: The run folder.
+        restarts: How often a run that died without making progress is started again.
+    """
+
+    def __init__(self, folder: Path, restarts: int = 2) -> None:
+        from lightrail.launch.order import read_order
+
+        self.order = read_order(folder)
+        self.folder = self.order.folder
+        self.restarts = restarts
+        self.asked_to_stop: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def carry_out(self) -> int:
+        """Runs it to its end.
+
+        Returns:
+            0 where it finished, now or before; 75 where somebody else is at it; else the status of the run.
+        """
+        from lightrail.launch.job import outcome_of
+
+        with open(self.order.workspace / "lock", "a") as lock:
+            if not _taken(lock.fileno()):
+                print(f"{self.folder} is being carried out already", file=sys.stderr)
+                return HELD
+            former = outcome_of(self.folder)
+            if former is not None:
+                print(f"{self.folder} has {former.phase} already", file=sys.stderr)
+                return 0 if former.phase == "finished" else 1
+            for number in PASSED_ON:
+                signal.signal(number, self._pass_on)
+            return self._run_until_over(lock.fileno())
+
+    def _run_until_over(self, lock: int) -> int:
+        fruitless = 0
+        while True:
+            before = _progress(self.folder)
+            status = self._start(lock)
+            self._child = None
+            if status >= 0 or self.asked_to_stop is not None:
+                return self._ended(status)
+            fruitless = 0 if _progress(self.folder) != before else fruitless + 1
+            name = signal.Signals(-status).name
+            if fruitless > self.restarts:
+                return self._ended(status, f"killed by {name} {fruitless} times in a row without getting on")
+            print(f"the run was killed by {name}; it goes on from its last checkpoint", file=sys.stderr, flush=True)
+
+    def _start(self, lock: int) -> int:
+        """One start of the run. The lock is the run's too, so that it holds should the supervisor be killed."""
+        self._note_start()
+        self._child = subprocess.Popen(self.order.rank_command, cwd=self.order.directory, pass_fds=(lock,))
+        if self.asked_to_stop is not None:
+            self._child.send_signal(signal.SIGTERM)
+        return self._child.wait()
+
+    def _note_start(self) -> None:
+        entry = {"time": time.time(), "host": socket.gethostname(), "process": os.getpid()}
+        with open(self.order.workspace / "starts.jsonl", "a") as starts:
+            starts.write(json.dumps(entry) + "\n")
+
+    def _pass_on(self, number: int, _frame: Any) -> None:
+        self.asked_to_stop = number
+        if self._child is not None:
+            self._child.send_signal(signal.SIGTERM)
+
+    def _ended(self, status: int, reason: str = "") -> int:
+        from lightrail.launch.job import JobState, write_outcome
+
+        stopped = self.asked_to_stop is not None and status != 0
+        phase = "finished" if status == 0 else "stopped" if stopped else "failed"
+        write_outcome(self.folder, JobState(phase, reason or _reason(self.folder, status)), status=status)
+        return status if status >= 0 else 128 - status
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process of this machine, or of one that shares the file system's locks, carries the order out."""
+    try:
+        with open(folder / "launch" / "lock", "a") as lock:
+            return not _taken(lock.fileno())
+    except OSError:
+        return False
+
+
+def _progress(folder: Path) -> object:
+    """Changes whenever the run saves."""
+    try:
+        status = (folder / "checkpoints" / "last.ckpt").stat()
+        return status.st_mtime_ns, status.st_ino
+    except OSError:
+        return None
+
+
+def _reason(folder: Path, status: int) -> str:
+    """The error that the run wrote down, else what its status says."""
+    if status == 0:
+        return ""
+    try:
+        return (folder / "launch" / "error.txt").read_text().strip()
+    except OSError:
+        return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carries out the order in the folder that is named."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m lightrail.launch.node")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--restarts", type=int, default=2)
+    options = parser.parse_args(arguments)
+    from lightrail.command import reporting_errors
+
+    with reporting_errors() as outcome:
+        outcome.status = Supervisor(options.folder, options.restarts).carry_out()
+    return outcome.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
