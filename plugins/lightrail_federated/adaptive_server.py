@@ -13,6 +13,7 @@ from lightrail_federated.fedavg import FedAvg
 
 __all__ = [
     "AdaptiveServer",
+    "DecayingServer",
     "adagrad_moment",
     "adam_moment",
     "adaptive_step",
@@ -143,3 +144,21 @@ class AdaptiveServer(FedAvg):
         m = self.beta1 * server["m"] + (1 - self.beta1) * Delta
         v = self.second_moment(server["v"], Delta)
         return {"weights": adaptive_step(server["weights"], m, v, self.lr, self.tau), "m": m, "v": v}
+
+
+class DecayingServer(AdaptiveServer):
+    """An adaptive server whose history of squares is forgotten at a rate of its own.
+
+    Args:
+        lr: η, of the server, greater than 0.
+        beta1: β₁, in [0, 1).
+        beta2: β₂ of the squares, in [0, 1).
+        tau: τ, greater than 0.
+    """
+
+    def __init__(
+        self, *, lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, **common: Any
+    ) -> None:
+        super().__init__(lr=lr, beta1=beta1, tau=tau, **common)
+        between(0.0, 1.0, beta2=beta2)
+        self.beta2 = beta2

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightrail import Claim, Traits
-from lightrail.options import between
-from lightrail_federated.adaptive_server import AdaptiveServer, adam_moment
+from lightrail_federated.adaptive_server import DecayingServer, adam_moment
 
 __all__ = ["FedAdam"]
 
 
-class FedAdam(AdaptiveServer):
+class FedAdam(DecayingServer):
     r"""FedAvg with the mean update Δ in the place of Adam's negative gradient.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) \Delta, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2
@@ -54,13 +53,6 @@ class FedAdam(AdaptiveServer):
             problems=("federated_digits",),
         ),
     )
-
-    def __init__(
-        self, *, lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, **common: Any
-    ) -> None:
-        super().__init__(lr=lr, beta1=beta1, tau=tau, **common)
-        between(0.0, 1.0, beta2=beta2)
-        self.beta2 = beta2
 
     def second_moment(self, v: Tensor, Delta: Tensor) -> Tensor:
         return adam_moment(v, Delta, self.beta2)

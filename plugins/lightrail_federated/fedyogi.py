@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightrail import Traits
-from lightrail.options import between
-from lightrail_federated.adaptive_server import AdaptiveServer, yogi_moment
+from lightrail_federated.adaptive_server import DecayingServer, yogi_moment
 
 __all__ = ["FedYogi"]
 
 
-class FedYogi(AdaptiveServer):
+class FedYogi(DecayingServer):
     r"""FedAvg with the mean update Δ in the place of Yogi's negative gradient.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) \Delta, \qquad
@@ -50,13 +49,6 @@ class FedYogi(AdaptiveServer):
         "arXiv 2003.00295",
         example={"clients": 4, "rounds": 2},
     )
-
-    def __init__(
-        self, *, lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3, **common: Any
-    ) -> None:
-        super().__init__(lr=lr, beta1=beta1, tau=tau, **common)
-        between(0.0, 1.0, beta2=beta2)
-        self.beta2 = beta2
 
     def second_moment(self, v: Tensor, Delta: Tensor) -> Tensor:
         return yogi_moment(v, Delta, self.beta2)

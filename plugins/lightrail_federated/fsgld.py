@@ -89,7 +89,8 @@ class FSGLD(ServerMethod):
 
     for ``local_steps`` steps (or ``local_epochs`` passes). The loss is taken as -log p(x|θ) of a sample, the prior as
     N(0, 1/λ). Surrogates that fit badly cost variance, not bias; without them this is distributed SGLD, in which long
-    visits drag the chain to each client's own posterior. Nothing here is differentially private.
+    visits drag the chain to each client's own posterior. Nothing here is differentially private. Gradients of single
+    samples are taken to fit the surrogates, so that a model with BatchNorm needs ``surrogate=none``.
 
     Args:
         lr: h; positive; 1e-5 to 1e-4 for posteriors of some hundred samples.

@@ -109,6 +109,7 @@ class VRADGT(DecentralisedMethod):
     )
     compressors: ClassVar = "none"
     runs_optimizer: ClassVar[bool] = False
+    needs_fixed_topology: ClassVar[bool] = True
 
     def __init__(
         self, *, lr: float = 0.1, gamma: float = 0.5, b: float | None = 20.0, noise: float = 0.0, **common: Any

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightrail.errors import CompositionError
 from lightrail.federated.client_side import ClientSide
 from lightrail.federated.compressor import Compressor
 from lightrail.federated.local_model import Layout
@@ -36,6 +37,8 @@ class Gossip:
         self.W = method.topology.mixing(method.nodes, generator_for(side.seed, "topology"))
         """The weights of the topology ``[n, n]``, float64: symmetric and doubly stochastic."""
         check_mixing(self.W, type(method.topology).__name__)
+        if method.needs_fixed_topology and method.topology.changes:
+            raise _changing(method)
         self.round = 0
         self.nbytes = 0
         self.losses: list[float] = []
@@ -186,3 +189,12 @@ class Gossip:
         self._optimizers = [NodeOptimizer(self._side) for _ in state["optimizers"]]
         for optimizer, each in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(each)
+
+
+def _changing(method: DecentralisedMethod) -> CompositionError:
+    return CompositionError(
+        f"{type(method).__name__} keeps averages of a node's neighbours, which have to stay the same",
+        found=f"topology '{type(method.topology).__name__}', whose weights change from round to round",
+        allowed="a topology that stays",
+        remedy="Choose another, or for `exponential` leave federated.topology.one_peer out.",
+    )

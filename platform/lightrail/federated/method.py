@@ -259,6 +259,8 @@ class DecentralisedMethod(FederatedMethod):
         topology: Who speaks with whom; a ring where nothing is said.
     """
 
+    needs_fixed_topology: ClassVar[bool] = False
+    """Whether it keeps averages of its neighbours over rounds, which mean nothing once these are others."""
     is_asynchronous: ClassVar[bool] = False
     """Whether nodes move one at a time, in an order that a clock or a token decides."""
 

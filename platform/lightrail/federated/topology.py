@@ -25,6 +25,9 @@ class Topology:
         [0.6666666666666667, 0.3333333333333333, 0.0]
     """
 
+    changes: bool = False
+    """Whether :meth:`mixing_at` differs from round to round."""
+
     def edges(self, nodes: int, generator: torch.Generator) -> list[tuple[int, int]]:
         """The pairs that speak with each other, each once, in any order.
 

@@ -67,7 +67,7 @@ class Exponential(Topology):
     )
 
     def __init__(self, one_peer: bool = False) -> None:
-        self.one_peer = bool(one_peer)
+        self.one_peer = self.changes = bool(one_peer)
 
     def edges(self, nodes: int, generator: torch.Generator) -> list[tuple[int, int]]:
         distances = [2**k for k in range((nodes - 1).bit_length())]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from simulated_nodes import SimulatedNodes, assert_the_engine_agrees
 
-from lightrail.errors import ConfigurationError
+from lightrail import compose
+from lightrail.errors import CompositionError, ConfigurationError
 from lightrail_federated.vra_dgt import VRADGT, VRADSGT, falling, message, recursive_gradient, tracked
 
 
@@ -70,3 +71,11 @@ def test_bad_options():
     for options in ({"lr": 0.0}, {"gamma": 2.0}, {"b": 0.0}, {"noise": -0.1}, {"a": -1.0}):
         with pytest.raises(ConfigurationError):
             VRADSGT(nodes=4, **options)
+
+
+def test_neighbours_that_change_are_refused(tmp_path):
+    method = ["+federated=vra_dgt", "federated.nodes=4", "federated.rounds=1"]
+    topology = ["federated.topology=exponential", "federated.topology.one_peer=true"]
+    run = compose([*method, *topology, "logger=[]", f"run.root={tmp_path}"])
+    with pytest.raises(CompositionError, match="have to stay the same"):
+        run.execute(show_progress=False)
