@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from lightrail.errors import Interrupted
 
 if TYPE_CHECKING:
+    from lightrail.configuration import Composition
     from lightrail.run.run import Run
 
 __all__ = ["main", "run_to_end"]
@@ -67,9 +67,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         from lightrail.launch.carrying_out import carry_out
 
         return carry_out(options.order)
-    if options.multirun:
+    if options.multirun or any(each.lstrip("+").startswith("sweep.resume=") for each in overrides):
+        from lightrail.run.processes import refuse_many
         from lightrail.sweep import run_sweep
 
+        refuse_many("train -m")
         return run_sweep(overrides, options.config_dir)
     return _run_once(overrides, options.config_dir)
 
@@ -77,14 +79,37 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 def _run_once(overrides: list[str], config_dirs: Sequence[str]) -> int:
     from lightrail.configuration import compose
     from lightrail.launch.submission import submitted
-    from lightrail.run.build import build
+    from lightrail.run.processes import refuse_many, started_processes, take_rank
     from lightrail.run.resume import find_resumed
 
+    # Before Lightning is imported, which takes a process without these variables for the first one.
+    take_rank(started_processes())
     resumed = find_resumed(overrides)
     typed = list(overrides) if resumed is None else resumed.overrides(overrides)
     composition = compose(typed, config_dirs=config_dirs)
+    _refuse_method(composition)
+    elsewhere = next((each.name for each in composition.chosen if each.kind == "launch" and each.name != "here"), None)
+    if elsewhere is not None:
+        refuse_many(f"train launch={elsewhere}")
     status = submitted(composition, resumed)
-    return run_to_end(build(composition, resumed)) if status is None else status
+    if status is not None:
+        return status
+    from lightrail.run.build import build
+
+    return run_to_end(build(composition, resumed))
+
+
+def _refuse_method(composition: Composition) -> None:
+    from lightrail.errors import ConfigurationError
+
+    method = next((each.name for each in composition.chosen if each.kind == "sweep"), None)
+    if method is not None:
+        raise ConfigurationError(
+            "a sweep was asked for, and one run has nothing to vary",
+            found=f"sweep={method} without -m",
+            allowed=f"train -m sweep={method} KEY=… for a sweep; train without sweep=… for one run",
+            remedy="Add -m, or leave sweep out.",
+        )
 
 
 def run_to_end(run: Run) -> int:
@@ -94,11 +119,13 @@ def run_to_end(run: Run) -> int:
         run: The run.
 
     Returns:
-        The exit status: 0, or 128 + N where signal N asked for a stop.
+        The exit status: 0, 128 + N where signal N asked for a stop, or 69 where another rank of the run was lost.
     """
     from lightrail.run.execution import execute
+    from lightrail.run.lost_ranks import LOST_RANK, LostRank, leave_error
+    from lightrail.run.processes import is_first_rank
 
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+    is_first = is_first_rank()
     if is_first:
         _announce(run)
     try:
@@ -107,6 +134,10 @@ def run_to_end(run: Run) -> int:
         if is_first:
             print(f"stopped after step {stop.step}, saved; resume with:\ntrain run.resume={shlex.quote(stop.folder)}")
         return 128 + stop.signal_number
+    except LostRank as lost:
+        print(lost, file=sys.stderr, flush=True)
+        leave_error(None if run.order is None else run.order.workspace / "error.txt", lost)
+        return LOST_RANK
     if is_first:
         from lightrail.report import result_table
 

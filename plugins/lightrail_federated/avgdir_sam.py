@@ -12,6 +12,7 @@ from torch import Tensor
 from lightrail import Traits
 from lightrail.options import at_least, non_negative
 from lightrail.step import Closure, Transform
+from lightrail.step.sharded import shard_of
 
 __all__ = ["AverageDirectionSAM"]
 
@@ -73,7 +74,7 @@ class AverageDirectionSAM(Transform):
         x = [p.detach().clone() for p in closure.params]
         total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in x]
         for _ in range(self.pairs):
-            away = [self.rho * torch.randn(p.shape, dtype=p.dtype).to(p.device) for p in x]
+            away = [shard_of(self.rho * torch.randn(p.shape, dtype=p.dtype).to(p.device), p) for p in x]
             for sign in (1.0, -1.0):
                 with closure.at([p + sign * e for p, e in zip(x, away, strict=True)]):
                     _, found = closure.gradient()

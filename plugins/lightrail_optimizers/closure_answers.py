@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightrail.errors import ClosureError
 from lightrail.step import Closure
+from lightrail.step.sharded import whole_of
 from lightrail_optimizers.flat_vector import working_dtype
 from lightrail_optimizers.sophia_rule import draw_directions, hutchinson
 from lightrail_optimizers.tensor_lists import refuse_sparse
@@ -95,7 +96,7 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return 0.0
     products = torch._foreach_mul(wide(a), wide(b))
     device, dtype = products[0].device, working_dtype(products)
-    return math.fsum(torch.stack([p.sum().to(device, dtype) for p in products]).tolist())
+    return math.fsum(torch.stack([whole_of(p.sum()).to(device, dtype) for p in products]).tolist())
 
 
 def average_curvature_(optimizer: Optimizer, closure: Closure, groups: Moving, warm_up: int) -> list[list[Tensor]]:

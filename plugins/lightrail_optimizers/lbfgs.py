@@ -58,6 +58,7 @@ class LBFGS(torch.optim.LBFGS):
         state=203,  # 100 pairs, the direction, the previous gradient, and one of work space
         extra_evaluations=24,
         needs_closure=True,
+        needs_whole_tensors=True,
         example={"max_iter": 4, "line_search_fn": "strong_wolfe"},
         exceptions={
             "takes_an_empty_group": "torch's L-BFGS has one direction over all parameters, and so one group",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.step import Closure
+from lightrail.step.sharded import is_shard, whole_of
 from lightrail_optimizers.closure_answers import answers_for, points_of, wide
 from lightrail_optimizers.tensor_lists import refuse_complex, refuse_sparse
 
@@ -66,5 +67,9 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     if not a:
         return torch.zeros(())
-    parts = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(wide(a), wide(b), strict=True)]
+    parts = [_dot(x, y) for x, y in zip(wide(a), wide(b), strict=True)]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return whole_of((x * y).sum()) if is_shard(x) else torch.dot(x.flatten(), y.flatten())

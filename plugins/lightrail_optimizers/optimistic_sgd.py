@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.options import non_negative
+from lightrail.step.sharded import copy_tensors
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
@@ -31,7 +32,7 @@ def optimistic_gradient(
     shrink_(x, lr * wd)
     torch._foreach_lerp_(previous, g, 1 + optimism)
     add_scaled_(x, previous, -lr)
-    torch._foreach_copy_(previous, g)
+    copy_tensors(previous, g)
 
 
 class OptimisticSGD(TensorwiseOptimizer):
@@ -119,5 +120,5 @@ class OptimisticSGD(TensorwiseOptimizer):
     def apply_rule(self, group: dict[str, Any], t: int, *lists: list[Tensor]) -> None:
         if t == 1:
             _, g, previous = lists
-            torch._foreach_copy_(previous, g)
+            copy_tensors(previous, g)
         super().apply_rule(group, t, *lists)

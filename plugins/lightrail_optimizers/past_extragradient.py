@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightrail.errors import ConfigurationError
 from lightrail.options import non_negative
+from lightrail.step.sharded import copy_tensors
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.tensor_lists import add_scaled_
 from lightrail_optimizers.tensorwise import TensorwiseOptimizer
@@ -26,7 +27,7 @@ def past_extragradient(x_half: list[Tensor], g: list[Tensor], x: list[Tensor], *
         lr: Learning rate.
     """
     add_scaled_(x, g, -lr)
-    torch._foreach_copy_(x_half, x)
+    copy_tensors(x_half, x)
     add_scaled_(x_half, g, -lr)
 
 
@@ -111,7 +112,7 @@ class PastExtragradient(TensorwiseOptimizer):
     def apply_rule(self, group: dict[str, Any], t: int, *lists: list[Tensor]) -> None:
         if t == 1:
             x_half, _, x = lists
-            torch._foreach_copy_(x, x_half)
+            copy_tensors(x, x_half)
         super().apply_rule(group, t, *lists)
 
     @torch.no_grad()

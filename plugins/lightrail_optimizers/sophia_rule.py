@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightrail.step.sharded import is_shard, shard_of
 from lightrail_optimizers.tensor_lists import add_scaled_, shrink_
 
 __all__ = ["draw_directions", "gauss_newton_bartlett", "hutchinson", "sophia"]
@@ -82,10 +83,12 @@ def draw_directions(like: Sequence[Tensor], distribution: str) -> list[Tensor]:
     for p in like:
         if p.device not in generators:
             generators[p.device] = torch.Generator(p.device).manual_seed(int(seed))
-        u = torch.empty_like(p, requires_grad=False)
+        # Whole on every rank, so that ranks that hold parts draw what one would.
+        form = {"dtype": p.dtype, "device": p.device}
+        u = torch.empty(p.shape, **form) if is_shard(p) else torch.empty_like(p, requires_grad=False)
         if distribution == "gaussian":
             u.normal_(generator=generators[p.device])
         else:
             u.bernoulli_(0.5, generator=generators[p.device]).mul_(2).sub_(1)
-        directions.append(u)
+        directions.append(shard_of(u, p))
     return directions

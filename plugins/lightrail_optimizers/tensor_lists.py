@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightrail.errors import ConfigurationError
+from lightrail.step.sharded import whole_of
 
 __all__ = [
     "add_scaled_",
@@ -169,5 +170,5 @@ def global_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in filled]
         norms = torch._foreach_norm(wide, norm_type)
     return torch.linalg.vector_norm(
-        torch.stack([n.to(first, torch.promote_types(n.dtype, torch.float32)) for n in norms]), norm_type
+        torch.stack([whole_of(n).to(first, torch.promote_types(n.dtype, torch.float32)) for n in norms]), norm_type
     )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightrail.errors import ClosureError
 from lightrail.step import Closure
+from lightrail.step.sharded import local_of
 from lightrail.traits import traits_of
 from lightrail_optimizers.tensor_lists import count_step, gather, refuse_complex, refuse_sharded
 
@@ -84,6 +85,8 @@ class TensorwiseOptimizer(MethodOptimizer):
 
     def apply_rule(self, group: dict[str, Any], t: int, *lists: list[Tensor]) -> None:
         """The rule over lists, at once, compiled, or tensor by tensor."""
+        if not traits_of(type(self)).needs_whole_tensors:
+            lists = tuple(local_of(each) for each in lists)
         scalars = self.scalars(group, t)
         if "lr" in scalars and not group["compile"]:
             scalars["lr"] = float(scalars["lr"])

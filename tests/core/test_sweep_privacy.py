@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
-from lightrail.sweep import running as sweep
+from lightrail.launch import JobState
 from lightrail.privacy.events import Event
 from lightrail.privacy.ledger import Ledger, composed
 from lightrail.privacy.trials import spent_together
 from lightrail.report.privacy import figure
+from lightrail.sweep.ledger import Ledger as SweepLedger
+from lightrail.sweep.ledger import Trial
+from lightrail.sweep.results import Row
+from lightrail.sweep.table import ending
 
 TOGETHER = "whatever is chosen among them is promised no more than this"
 
@@ -101,33 +105,34 @@ def test_conditions_stay(tmp_path: Path) -> None:
 
 
 class TestTable:
-    def swept(self, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[int, dict]]) -> int:
-        results = iter(outcomes)
-        values = ",".join(str(number) for number in range(1, len(outcomes) + 1))
-        monkeypatch.setattr("lightrail.configuration.compose", lambda *_, **__: None)
-        monkeypatch.setattr(sweep, "_run_job", lambda *_: next(results))
-        return sweep.run_sweep([f"seed={values}"])
+    def told(self, tmp_path: Path, trials: list[tuple[str, dict]]) -> str:
+        """What is told of a sweep over seeds, each trial with its phase and its summary."""
+        rows = [
+            Row(Trial(number, {"seed": str(number)}, tmp_path), JobState(phase), summary)
+            for number, (phase, summary) in enumerate(trials)
+        ]
+        goal = {"metric": "val_accuracy", "mode": "max"}
+        return ending(SweepLedger(tmp_path, {"planned": len(rows), "goal": goal}), rows)
 
-    def test_it_has_a_column_and_a_total(self, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def test_it_has_a_column_and_a_total(self, tmp_path: Path) -> None:
         trials = [trial(tmp_path / "a"), trial(tmp_path / "b", is_private=False)]
-        assert self.swept(monkeypatch, [(0, each) for each in trials]) == 0
-        header, first, second, _, total, sentence = capsys.readouterr().out.splitlines()
-        assert header.split() == ["job", "test_accuracy", "epsilon", "run", "folder"]
+        told = self.told(tmp_path, [("finished", each) for each in trials])
+        header, first, second, _, total, sentence = told.splitlines()
+        assert header.split() == ["job", "seed", "val_accuracy", "test_accuracy", "epsilon", "state"]
         spent = figure(trials[0]["privacy"]["epsilon"])
-        assert first.split() == ["seed=1", "0.5000", spent, str(tmp_path / "a")]
+        assert first.split() == ["0", "0", "-", "0.5000", spent, "finished"]
         assert "not private" in second
         assert "2 trials on digits together: NOT private" in total
         assert TOGETHER in sentence
 
-    def test_a_trial_that_failed_does_not_break_it(self, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-        assert self.swept(monkeypatch, [(1, {}), (0, trial(tmp_path / "a"))]) == 1
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split() == ["seed=1", "-", "-", "failed", "with", "status", "1"]
-        assert "1 trial on digits together: epsilon" in lines[4]
-        assert "1 trial left no account" in lines[5]
+    def test_a_trial_that_failed_does_not_break_it_and_one_that_waits_spent_nothing(self, tmp_path: Path) -> None:
+        told = self.told(tmp_path, [("failed", {}), ("finished", trial(tmp_path / "a")), ("pending", {})])
+        lines = told.splitlines()
+        assert lines[1].split() == ["0", "0", "-", "-", "-", "failed"]
+        assert "1 trial on digits together: epsilon" in lines[5]
+        assert "1 trial left no account" in lines[6]
 
-    def test_sweeps_without_privacy_are_as_they_were(self, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-        assert self.swept(monkeypatch, [(0, open_trial(tmp_path / "a"))]) == 0
-        out = capsys.readouterr().out
-        assert out.splitlines()[0].split() == ["job", "test_accuracy", "run", "folder"]
-        assert len(out.splitlines()) == 2
+    def test_sweeps_without_privacy_are_as_they_were(self, tmp_path: Path) -> None:
+        told = self.told(tmp_path, [("finished", open_trial(tmp_path / "a"))])
+        assert told.splitlines()[0].split() == ["job", "seed", "val_accuracy", "test_accuracy", "state"]
+        assert len(told.splitlines()) == 2

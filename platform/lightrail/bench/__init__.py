@@ -20,6 +20,7 @@ BENCHES = {
     "guidance": "what guidance costs beside the evaluations that it asks for, as a share of a network's own time",
     "privacy": "what a private step takes in time and memory, beside plain training and every mode of Opacus",
     "federated": "how long a round takes, beside plain training and beside Flower's simulation",
+    "launch": "how long launches take to start a run, and again after its death; DDP of two processes beside one",
     "claims": "what the papers claim, under one budget of passes and trials, with a verdict each",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Mapping
 
 from lightrail.bench.table import Table, Tables, measured_apart
 from lightrail.errors import UserError
@@ -11,6 +13,7 @@ from lightrail.errors import UserError
 __all__ = ["add_arguments", "measure"]
 
 _TITLES = {"tiny": "linear 64-10", "cnn": "CNN of two layers, 8 x 8 pictures, 29k parameters"}
+_JOB, _FLOWER = "here, few rounds", "Flower, trainers"
 _MOST_STEP, _MOST_ROUND, _MOST_MEMORY = 1.1, 1 / 20, 2000.0
 
 
@@ -20,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clients", nargs="*", type=int, default=[8, 100], metavar="N", help="how many clients (8 100)"
     )
     parser.add_argument("--models", nargs="*", default=list(_TITLES), choices=_TITLES, help="which models")
-    parser.add_argument("--count", type=int, default=5, metavar="N", help="rounds that are timed in a process (5)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=4,
+        metavar="N",
+        help="rounds that are timed in a process after the first (4)",
+    )
     parser.add_argument(
         "--flower", default=sys.executable, metavar="PYTHON", help="a Python in which lightrail and flwr are installed"
     )
@@ -48,7 +57,7 @@ def measure(options: argparse.Namespace) -> Tables:
 
 
 def _compared(model: str, clients: int, options: argparse.Namespace, left_out: list[str]) -> list[Table]:
-    ways = ["plain", "here", "flower with trainers", "flower", "ours over flower"]
+    ways = ["plain", "here", "here in two processes", _JOB, "flower with trainers", "flower", "ours over flower"]
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(options.rounds):
         # Whoever comes first in a round has no advantage over all rounds.
@@ -71,20 +80,38 @@ def _compared(model: str, clients: int, options: argparse.Namespace, left_out: l
     steps.add("engine=here", _column(taken["here"], "milliseconds_per_step"), "plain", _MOST_STEP)
     tables = [steps]
     if taken["flower"] and taken["flower with trainers"]:
-        rounds = Table(
-            f"a round: {setting}",
-            "ms",
-            "Flower's simulation with its own FedAvg, two clients at a time: a Lightning Trainer at each client, as a "
-            "LightningModule wants one, and a plain loop of torch; its start-up, which is not counted, takes seconds "
-            "more",
-        )
-        rounds.add("Flower, trainers", _per_round(taken["flower with trainers"]))
-        rounds.add("Flower, by hand", _per_round(taken["flower"]), "Flower, trainers")
-        rounds.add("engine=here", _per_round(taken["here"]), "Flower, trainers", _MOST_ROUND)
-        if taken["ours over flower"]:
-            rounds.add("engine=flower", _per_round(taken["ours over flower"]), "Flower, trainers")
-        tables.append(rounds)
+        tables += [_rounds(setting, taken), _jobs(setting, options.count + 1, taken)]
     return tables
+
+
+def _rounds(setting: str, taken: Mapping[str, list[dict[str, float]]]) -> Table:
+    table = Table(
+        f"a round: {setting}",
+        "ms",
+        "Flower's simulation with its own FedAvg, two clients at a time: a Lightning Trainer at each client, as a "
+        "LightningModule wants one, and a plain loop of torch; start-up is not counted, for any of them",
+    )
+    table.add(_FLOWER, _per_round(taken["flower with trainers"]))
+    table.add("Flower, by hand", _per_round(taken["flower"]), _FLOWER)
+    table.add("engine=here", _per_round(taken["here"]), _FLOWER, _MOST_ROUND)
+    table.add("engine=here, processes=2", _per_round(taken["here in two processes"]), _FLOWER, _MOST_ROUND)
+    if taken["ours over flower"]:
+        table.add("engine=flower", _per_round(taken["ours over flower"]), _FLOWER)
+    return table
+
+
+def _jobs(setting: str, rounds: int, taken: Mapping[str, list[dict[str, float]]]) -> Table:
+    table = Table(
+        f"{rounds} rounds as they are waited for: {setting}",
+        "s",
+        "from the start of the program to its end, with all that is imported, started, written and stopped",
+    )
+    table.add(_FLOWER, _column(taken["flower with trainers"], "seconds"))
+    table.add("Flower, by hand", _column(taken["flower"], "seconds"), _FLOWER)
+    table.add("engine=here", _column(taken[_JOB], "seconds"), _FLOWER)
+    if taken["ours over flower"]:
+        table.add("engine=flower", _column(taken["ours over flower"], "seconds"), _FLOWER)
+    return table
 
 
 def _column(found: list[dict[str, float]], name: str) -> list[float]:
@@ -97,8 +124,12 @@ def _per_round(found: list[dict[str, float]]) -> list[float]:
 
 def _process(way: str, model: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
     python = options.flower if "flower" in way else sys.executable
-    words = [way, model, "--clients", str(clients), "--rounds", str(options.count)]
-    return measured_apart(
+    # Rounds that take milliseconds are timed over more of them.
+    short = ("plain", "here", "here in two processes")
+    rounds = max(options.count, min(5 * options.count, 200 // clients)) if way in short else options.count
+    words = ["here" if way == _JOB else way, model, "--clients", str(clients), "--rounds", str(rounds)]
+    began = time.perf_counter()
+    found = measured_apart(
         "lightrail.bench.federated_ways",
         words,
         dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
@@ -106,3 +137,4 @@ def _process(way: str, model: str, clients: int, options: argparse.Namespace) ->
         remedy="Install Flower with its simulation, or measure the others.",
         python=python,
     )
+    return {**found, "seconds": time.perf_counter() - began}

@@ -96,6 +96,7 @@ def _run(model: str, clients: int, *overrides: str) -> Any:
 
 def _ours(model: str, clients: int, rounds: int, *overrides: str) -> dict[str, float]:
     """Rounds after the first, which includes what happens once."""
+    from lightrail.federated.pool import ClientPool
     from lightrail.federated.rounds import Rounds
 
     every = f"federated.evaluate_every={rounds + 1}"
@@ -107,6 +108,9 @@ def _ours(model: str, clients: int, rounds: int, *overrides: str) -> dict[str, f
 
     def timed() -> dict[str, Tensor]:
         found = step()
+        if not times and isinstance(carried_out.transport, ClientPool):  # type: ignore[attr-defined]
+            carried_out.transport.wait()  # type: ignore[attr-defined]
+            step()  # in which the others take part for the first time
         times.append(time.perf_counter())
         return found
 
@@ -120,6 +124,10 @@ def _ours(model: str, clients: int, rounds: int, *overrides: str) -> dict[str, f
 
 def _here(model: str, clients: int, rounds: int) -> dict[str, float]:
     return _ours(model, clients, rounds)
+
+
+def _here_in_two(model: str, clients: int, rounds: int) -> dict[str, float]:
+    return _ours(model, clients, rounds, "federated.processes=2")
 
 
 def _ours_over_flower(model: str, clients: int, rounds: int) -> dict[str, float]:
@@ -225,6 +233,7 @@ def _flower(
 
 WAYS: dict[str, Callable[[str, int, int], dict[str, float]]] = {
     "here": _here,
+    "here in two processes": _here_in_two,
     "plain": _plain,
     "many": _many,
     "flower": _flower,

@@ -1,4 +1,4 @@
-"""The ``lightrail`` command: what is installed, searches, what privacy costs, shell completion, benchmarks."""
+"""The ``lightrail`` command: what is installed, jobs, sweeps, searches, privacy's cost, completion, benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Usage: lightrail COMMAND
 
   plugins [NAME] [--kind KIND] [--json]  what is installed; with a name, its options, traits and paper
   plugins SCHEDULE --plot [FILE]         the curve of a schedule
+  jobs [JOB] [--follow | --cancel]       runs that a launch was handed: `lightrail jobs --help`
+  sweep [FOLDER | latest]                the table of a sweep, and a report: `lightrail sweep --help`
   search NAME run=FOLDER …               fit times, ratios or statistics to a model: `lightrail search --help`
   privacy plan|audit …                   what privacy costs: `lightrail privacy --help`
   federated server|client …              clients on machines of their own: `lightrail federated --help`
@@ -46,6 +48,10 @@ def _run(words: list[str]) -> int | None:
     match name:
         case "plugins":
             from lightrail.command.plugins import main as command
+        case "jobs":
+            from lightrail.command.jobs import main as command
+        case "sweep":
+            from lightrail.command.sweep import main as command
         case "search":
             from lightrail.command.search import main as command
         case "privacy":
@@ -74,7 +80,7 @@ def _run(words: list[str]) -> int | None:
 def _unknown(name: str) -> Exception:
     from lightrail.errors import ConfigurationError, closest
 
-    commands = ("plugins", "search", "privacy", "federated", "bench", "completion")
+    commands = ("plugins", "jobs", "sweep", "search", "privacy", "federated", "bench", "completion")
     return ConfigurationError(
         f"lightrail has no command '{name}'",
         found=name,

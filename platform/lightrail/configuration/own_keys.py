@@ -54,6 +54,10 @@ def _is_devices(value: Any) -> bool:
     return accepts({"is": "int"}, value) and (value >= 1 or value == -1)
 
 
+def _is_classes(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
 def _is_prompt(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(each, str) for each in value)
@@ -97,6 +101,7 @@ OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
         "run.resume": _text(null=True),
         "run.on_nan": _word("stop", "skip"),
         "run.accept_changes": _YES_OR_NO,
+        "run.rank_timeout": _whole(1),
         "trainer.max_epochs": _whole(-1),
         "trainer.max_steps": _whole(-1),
         "trainer.max_samples": _whole(1, null=True),
@@ -106,6 +111,8 @@ OWN_KEYS: Mapping[str, Mapping[str, OwnKey]] = {
         "trainer.accumulate": _whole(1),
         "trainer.checkpoint_every": _whole(1, null=True),
         "trainer.strategy": _text(),
+        "trainer.shard": OwnKey(_is_classes, "a list of the names of classes, or null for blocks that repeat"),
+        "trainer.distributed_checkpoint": _YES_OR_NO,
     },
     "generate": GENERATION,
     "search": {

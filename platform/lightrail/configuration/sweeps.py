@@ -11,7 +11,7 @@ from lightrail.configuration.command_line import Token
 from lightrail.errors import ConfigurationError
 from lightrail.kinds import KINDS
 
-__all__ = ["is_sweep", "sweep"]
+__all__ = ["GroupOptions", "is_sweep", "sweep"]
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
@@ -45,7 +45,7 @@ def sweep(overrides: Sequence[str], *, config_dirs: Sequence[str | os.PathLike[s
     from lightrail.configuration.composing import parse
 
     values: dict[str, list[str]] = {}
-    for text, override in zip(overrides, parse(overrides, _Options(config_dirs)), strict=True):
+    for text, override in zip(overrides, parse(overrides, GroupOptions(config_dirs)), strict=True):
         token = Token.parse(text)
         if not override.is_sweep_override():
             expanded = [text]
@@ -56,15 +56,19 @@ def sweep(overrides: Sequence[str], *, config_dirs: Sequence[str | os.PathLike[s
                 f"'{token.key}' sweeps over an interval, which has no end of values",
                 found=text,
                 allowed="a,b,c · choice(a,b) · range(start,stop,step) · glob(pattern)",
-                remedy="Name the values, or use range.",
+                remedy="Name the values, use range, or let a method search the interval: add sweep=optuna.",
             )
         # A key that is given twice counts once, where it stood first, with its last value.
         values[token.key] = expanded
     return [list(job) for job in itertools.product(*values.values())]
 
 
-class _Options:
-    """What Hydra's parser asks for the options behind a ``glob``."""
+class GroupOptions:
+    """What Hydra's parser asks for the options behind a ``glob``.
+
+    Args:
+        config_dirs: The user's own folders of configurations.
+    """
 
     def __init__(self, config_dirs: Sequence[str | os.PathLike[str]]) -> None:
         self._config_dirs = config_dirs

@@ -113,8 +113,7 @@ class ServerMethod(FederatedMethod):
     """A federated method: a server sends, clients work on their own data and answer, the server moves.
 
     Vectors are flat: θ is everything that is trained, ``[d]``. Statistics of layers (BatchNorm's) are averaged by the
-    engine unless ``keeps_buffers`` says that they stay where they are; whole numbers among them are not averaged: the
-    greatest is kept.
+    engine unless ``keeps_buffers`` says that they stay where they are; of whole numbers, the greatest is kept.
 
     Args:
         clients: How many there are; at least 1.
@@ -122,13 +121,13 @@ class ServerMethod(FederatedMethod):
         sampling: ``fixed`` (so many clients every round) or ``poisson`` (each by its own coin, as privacy wants it).
         local_epochs: Passes that a client makes over its samples in a round; at least 1.
         local_steps: Optimizer steps that it makes instead.
-        engine: ``here`` (one process, one client after the other) or ``flower``.
+        engine: ``here`` (on this machine, with nothing to install) or ``flower``.
+        processes: How many work on clients at a time with ``here``, each with a copy of the data; at least 1.
         feedback: What becomes of what a biased compressor left out: ``ef`` (it is added to what is sent next), ``ef21``
             (what is sent is how the vector differs from what the server has), or ``none`` (it is lost).
         timeout: Seconds after which a client is given up in a round, where clients are elsewhere.
         secure_range: The greatest entry, up or down, that a client can send where aggregation is secure; positive.
-        largest_update: A client whose answer is so many times longer than the median of its round is left out; at
-            least 1.
+        largest_update: A client whose answer is so many times longer than its round's median is left out; at least 1.
         secure_aggregation: Whether the server sees only sums of what clients send.
         server_privacy: What makes what the server releases private for each client.
     """
@@ -149,6 +148,7 @@ class ServerMethod(FederatedMethod):
         local_epochs: int = 1,
         local_steps: int | None = None,
         engine: Literal["here", "flower"] = "here",
+        processes: int = 1,
         feedback: Literal["ef", "ef21", "none"] = "ef",
         timeout: float = 600.0,
         largest_update: float = 1e4,
@@ -158,11 +158,10 @@ class ServerMethod(FederatedMethod):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        at_least(1, clients=clients, local_epochs=local_epochs)
+        steps = 1 if local_steps is None else local_steps
+        at_least(1, clients=clients, local_epochs=local_epochs, local_steps=steps, processes=processes)
         between(0.0, 1.0, closed="right", fraction=fraction)
         positive(timeout=timeout, secure_range=secure_range)
-        if local_steps is not None:
-            at_least(1, local_steps=local_steps)
         if not largest_update >= 1:
             raise ConfigurationError(
                 "largest_update is out of range",
@@ -172,8 +171,8 @@ class ServerMethod(FederatedMethod):
             )
         self.clients, self.fraction, self.sampling = clients, fraction, sampling
         self.local_epochs, self.local_steps = local_epochs, local_steps
-        self.feedback = feedback
-        self.engine, self.timeout, self.largest_update = engine, timeout, largest_update
+        self.engine, self.processes, self.feedback = engine, processes, feedback
+        self.timeout, self.largest_update = timeout, largest_update
         self.secure_aggregation, self.secure_range = secure_aggregation, secure_range
         self.server_privacy = server_privacy
 

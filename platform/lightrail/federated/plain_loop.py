@@ -9,14 +9,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightrail.federated.indexed_batches import batches_of
 from lightrail.federated.local_model import as_it_was
 from lightrail.run.run import Run
 from lightrail.step.transform import TransformedOptimizer
@@ -96,8 +99,9 @@ def train_plainly(
     figures = _Figures()
     with _without_trainer(task, figures):
         step = _step_of(task)
+        forget = _forgetting(optimizer, inner)
         for index, batch in _batches(loader, count):
-            _make(optimizer, step, batch, index, figures)
+            _make(optimizer, forget, step, batch, index, figures)
             if schedule is not None:
                 schedule.step()
     return count, figures.means(), float(inner.param_groups[0]["lr"])
@@ -107,30 +111,59 @@ def _batches(loader: DataLoader[Any], count: int) -> Iterator[tuple[int, Any]]:
     """So many batches, pass after pass, each with its place in its pass."""
     left = count
     while left > 0:
-        for index, batch in enumerate(loader):
+        for index, batch in enumerate(batches_of(loader)):
             yield index, batch
             left -= 1
             if not left:
                 return
 
 
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+_names_of_function = lru_cache(maxsize=16)(_names)
+
+
 def _step_of(task: LightningModule) -> Callable[[Any, int], Any]:
-    parameters = inspect.signature(task.training_step).parameters
-    if "dataloader_iter" in parameters:
+    # Of a method, that of its function, which is looked at once for all visits.
+    function = getattr(task.training_step, "__func__", None)
+    names = _names(task.training_step) if function is None else _names_of_function(function)[1:]
+    if "dataloader_iter" in names:
         raise NeedsTrainer("dataloader_iter")
-    if len(parameters) > 1:
+    if len(names) > 1:
         return lambda batch, index: task.training_step(batch, index)
     return lambda batch, index: task.training_step(batch)
 
 
-def _make(optimizer: Any, step: Callable[[Any, int], Any], batch: Any, index: int, figures: _Figures) -> None:
+def _forgetting(optimizer: Optimizer, inner: Optimizer) -> Callable[[], None]:
+    """What forgets the last gradient: of a small model, the calls around that take longer than the thing itself."""
+    if type(inner).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(inner):
+        return optimizer.zero_grad
+    params = [p for group in inner.param_groups for p in group["params"]]
+
+    def forget() -> None:
+        for p in params:
+            p.grad = None
+
+    return forget
+
+
+def _make(
+    optimizer: Any,
+    forget: Callable[[], None],
+    step: Callable[[Any, int], Any],
+    batch: Any,
+    index: int,
+    figures: _Figures,
+) -> None:
     def closure() -> Tensor:
         with torch.enable_grad():
             outputs = step(batch, index)
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if not isinstance(loss, Tensor):
                 raise NeedsTrainer("a step that returns no loss")
-            optimizer.zero_grad()
+            forget()
             loss.backward()
         figures.add(outputs if isinstance(outputs, Mapping) else {"loss": outputs})
         return loss

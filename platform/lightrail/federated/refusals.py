@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lightrail.errors import CompositionError
 from lightrail.federated.method import DecentralisedMethod, FederatedMethod, ServerMethod
 
@@ -64,6 +66,28 @@ def check_method(method: FederatedMethod, run: Run) -> None:
         )
     if isinstance(method, ServerMethod):
         _check_server(method, name, run)
+        _check_processes(method, run)
+
+
+def _check_processes(method: ServerMethod, run: Run) -> None:
+    if method.processes == 1:
+        return
+    accelerator = run.trainer.get("accelerator")
+    is_automatic = accelerator in ("auto", None)
+    found = ""
+    if method.engine != "here":
+        found = f"federated.engine={method.engine}, which has processes of its own"
+    elif run.privacy is not None:
+        found = "privacy, whose noise nobody can draw twice"
+    elif accelerator != "cpu" and not (is_automatic and not torch.accelerator.is_available()):
+        found = f"trainer.accelerator={accelerator}, which the processes would share"
+    if found:
+        raise _refusal(
+            f"{method.processes} processes for its clients",
+            found,
+            "federated.engine=here without privacy, on the processor",
+            "Leave federated.processes out, or set trainer.accelerator=cpu.",
+        )
 
 
 def _check_compressor(method: FederatedMethod, name: str, chosen: str) -> None:

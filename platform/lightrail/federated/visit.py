@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -28,7 +29,8 @@ __all__ = ["Trained", "Visit", "VisitingTrainer", "fresh"]
 _OF_THE_RUN = (
     "max_epochs", "min_epochs", "max_steps", "min_steps", "max_samples", "max_time", "checkpoint_every", "devices",
     "num_nodes", "strategy", "check_val_every_n_epoch", "val_check_interval", "log_every_n_steps", "limit_val_batches",
-    "limit_test_batches", "profiler", "fast_dev_run", "reload_dataloaders_every_n_epochs",
+    "limit_test_batches", "profiler", "fast_dev_run", "reload_dataloaders_every_n_epochs", "shard",
+    "distributed_checkpoint",
 )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ class Visit:
             callbacks=(),
         )
         if self._trainer.is_plain:
-            before = copy.deepcopy(run.task.state_dict()), RandomState.capture()
+            before = _copied(run.task.state_dict()), RandomState.capture()
             known = {"folder": self._trainer.trainer.default_root_dir, "batch_size": self._loader.batch_size}
             try:
                 with as_it_was(run.task, "training_step"):
@@ -153,6 +155,11 @@ class Visit:
             return made
 
         return make
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's state apart from the task; what is no tensor is a layer's own, and may hold anything."""
+    return {key: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in state.items()}
 
 
 def _change_batches(task: LightningModule, change: Callable[[Any], Any]) -> None:

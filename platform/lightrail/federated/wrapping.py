@@ -70,7 +70,11 @@ def _rounds(method: FederatedMethod, run: Run, side: ClientSide) -> Rounds:
 
 def _transport(method: ServerMethod, run: Run, side: ClientSide) -> Transport:
     if method.engine == "here":
-        return InProcess(lambda: side)
+        if method.processes == 1:
+            return InProcess(lambda: side)
+        from lightrail.federated.pool import ClientPool
+
+        return ClientPool(lambda: side, run.composition.overrides, method.processes)
     from lightrail.federated.flower import transport_for
 
     return transport_for(run.composition.overrides, timeout=method.timeout)

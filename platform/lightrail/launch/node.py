@@ -16,9 +16,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Supervisor", "main"]
+if TYPE_CHECKING:
+    from lightrail.launch.job import JobState
+
+__all__ = ["Supervisor", "is_held", "main", "progress_of", "reason_of"]
 
 HELD = 75  # the exit status of one that found the order in other hands
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,6 +42,7 @@ class Supervisor:
         self.folder = self.order.folder
         self.restarts = restarts
         self.asked_to_stop: int | None = None
+        self.fruitless = 0
         self._child: subprocess.Popen[bytes] | None = None
 
     def carry_out(self) -> int:
@@ -47,13 +51,11 @@ class Supervisor:
         Returns:
             0 where it finished, now or before; 75 where somebody else is at it; else the status of the run.
         """
-        from lightrail.launch.job import outcome_of
-
         with open(self.order.workspace / "lock", "a") as lock:
-            if not _taken(lock.fileno()):
+            if not self._acquire(lock.fileno()):
                 print(f"{self.folder} is being carried out already", file=sys.stderr)
                 return HELD
-            former = outcome_of(self.folder)
+            former = self._former_outcome()
             if former is not None:
                 print(f"{self.folder} has {former.phase} already", file=sys.stderr)
                 return 0 if former.phase == "finished" else 1
@@ -61,23 +63,35 @@ class Supervisor:
                 signal.signal(number, self._pass_on)
             return self._run_until_over(lock.fileno())
 
+    def _acquire(self, lock: int) -> bool:
+        return _taken(lock)
+
+    def _former_outcome(self) -> JobState | None:
+        """How it ended before, where it is not to go on."""
+        from lightrail.launch.job import outcome_of
+
+        return outcome_of(self.folder)
+
     def _run_until_over(self, lock: int) -> int:
-        fruitless = 0
         while True:
-            before = _progress(self.folder)
+            before = progress_of(self.folder)
             status = self._start(lock)
             self._child = None
             if status >= 0 or self.asked_to_stop is not None:
                 return self._ended(status)
-            fruitless = 0 if _progress(self.folder) != before else fruitless + 1
-            name = signal.Signals(-status).name
-            if fruitless > self.restarts:
-                return self._ended(status, f"killed by {name} {fruitless} times in a row without getting on")
-            print(f"the run was killed by {name}; it goes on from its last checkpoint", file=sys.stderr, flush=True)
+            self.fruitless = 0 if progress_of(self.folder) != before else self.fruitless + 1
+            death = self._death(status)
+            if self.fruitless > self.restarts:
+                return self._ended(status, f"{death}, {self.fruitless} times in a row without getting on")
+            print(f"{death}; the run goes on from its last checkpoint", file=sys.stderr, flush=True)
+
+    def _death(self, status: int) -> str:
+        return f"killed by {signal.Signals(-status).name}"
 
     def _start(self, lock: int) -> int:
-        """One start of the run. The lock is the run's too, so that it holds should the supervisor be killed."""
+        """One start of the run: 0, its exit status, or -N where signal N killed it."""
         self._note_start()
+        # The lock is the run's too, so that it holds should the supervisor be killed.
         self._child = subprocess.Popen(self.order.rank_command, cwd=self.order.directory, pass_fds=(lock,))
         if self.asked_to_stop is not None:
             self._child.send_signal(signal.SIGTERM)
@@ -98,7 +112,7 @@ class Supervisor:
 
         stopped = self.asked_to_stop is not None and status != 0
         phase = "finished" if status == 0 else "stopped" if stopped else "failed"
-        write_outcome(self.folder, JobState(phase, reason or _reason(self.folder, status)), status=status)
+        write_outcome(self.folder, JobState(phase, reason or reason_of(self.folder, status)), status=status)
         return status if status >= 0 else 128 - status
 
 
@@ -119,16 +133,16 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def _progress(folder: Path) -> object:
+def progress_of(folder: Path) -> object:
     """Changes whenever the run saves."""
     try:
         status = (folder / "checkpoints" / "last.ckpt").stat()
-        return status.st_mtime_ns, status.st_ino
+        return [status.st_mtime_ns, status.st_ino]
     except OSError:
         return None
 
 
-def _reason(folder: Path, status: int) -> str:
+def reason_of(folder: Path, status: int) -> str:
     """The error that the run wrote down, else what its status says."""
     if status == 0:
         return ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrail.launch.choice import chosen_launch
 from lightrail.launch.job import clear_outcome
+from lightrail.launch.joining import joined_order
 from lightrail.launch.launch import Launch
 from lightrail.launch.order import Order, write_order
 
@@ -68,7 +69,7 @@ def ordered(composition: Composition, resumed: Resumed | None = None) -> Order:
     from lightrail.run.lock import check_lock, lock_of
 
     if resumed is None:
-        return write_order(composition, new_folder(composition).path)
+        return joined_order(composition) or write_order(composition, new_folder(composition).path)
     check_lock(resumed.lock, lock_of(composition), accept_changes=bool(composition.config.run.accept_changes))
     folder: Path = new_folder(composition).path if resumed.folder is None else resumed.folder.path
     (folder / "launch").mkdir(exist_ok=True)

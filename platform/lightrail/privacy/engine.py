@@ -22,7 +22,7 @@ from lightrail.privacy.noise import DeterministicNoise, SystemNoise
 from lightrail.privacy.noise_source import NoiseSource
 from lightrail.privacy.refusals import check_budget, check_continuation, check_finite, check_strategy, no_horizon
 from lightrail.privacy.release import StepRelease
-from lightrail.privacy.sharded import shard_of
+from lightrail.step.sharded import shard_of
 from lightrail.step.randomness import RandomState
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightrail.errors import ClosureError, CompositionError
 from lightrail.privacy.refusals import buffers_of, check_buffers
-from lightrail.privacy.sharded import are_sharded, gradients_left_alone, whole_parameters
+from lightrail.step.sharded import are_sharded, gradients_left_alone, whole_parameters
 from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
 from lightrail.sample_gradients.paths import Path
 from lightrail.step.batches import leading_size

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ResultTable", "result_table"]
 
-STATUS_STYLES = {"finished": "bold green", "stopped": "bold yellow", "failed": "bold red"}
+STATUS_STYLES = {
+    "finished": "bold green",
+    "stopped early": "bold green",
+    "stopped": "bold yellow",
+    "failed": "bold red",
+}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from lightrail.catalogue import load
 from lightrail.configuration import Chosen, Composition, check_trainer_options
 from lightrail.errors import CompositionError, ConfigurationError, UserError
 from lightrail.kinds import KINDS
+from lightrail.run.processes import fitted_trainer, plain_trainer, started_processes, take_rank
 from lightrail.run.resolve import Resolved, resolve
 from lightrail.run.resume import Resumed
 from lightrail.run.run import Run
+from lightrail.run.sharding_checks import check_module, is_sharding
 from lightrail.step.players import Game, game_of
 from lightrail.step.transform import Transform
 from lightrail.traits import traits_of
@@ -40,19 +42,24 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
     Raises:
         UserError: Something that was chosen cannot be made or cannot work with the rest.
     """
+    processes = started_processes()
+    take_rank(processes)
     resolved = resolve(composition)
     config = composition.config
     check_trainer_options(config.trainer)
+    trainer, fitted = fitted_trainer(plain_trainer(config.trainer), composition.overrides, processes)
     # Before the first weight is drawn.
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = _make_one(resolved, "data")
     sizes = dict(data.dimensions()) if data is not None and hasattr(data, "dimensions") else {}
     _record_sizes(composition, resolved, sizes)
-    notes = [*composition.notes, *resolved.notes]
+    notes = [*composition.notes, *resolved.notes, *fitted]
     task = _make_task(resolved)
     if data is not None and not isinstance(data, LightningDataModule):
         raise _wrong_class("data", type(data), "a LightningDataModule")
     game = game_of(task)
+    if is_sharding(config.trainer):
+        check_module(task, is_game=game is not None)
     if game is not None:
         _check_game(config)
         game.attach(task)
@@ -80,7 +87,7 @@ def build(composition: Composition, resumed: Resumed | None = None) -> Run:
             for each in resolved.chosen.get(kind, ())
         ),
         game=game,
-        trainer=OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[arg-type]
+        trainer=trainer,
         resumed=resumed,
         notes=notes,
     )

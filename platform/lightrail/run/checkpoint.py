@@ -30,9 +30,11 @@ class AtomicCheckpointIO(CheckpointIO):
         with replacing(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None, *, mesh: Any = None
+    ) -> dict[str, Any]:
         """Reads a checkpoint; see :func:`load_checkpoint`."""
-        return load_checkpoint(Path(path))
+        return load_checkpoint(Path(path), mesh=mesh)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Deletes a checkpoint."""
@@ -47,14 +49,16 @@ def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, with_shards: bool = True, mesh: Any = None) -> dict[str, Any]:
     """Reads a checkpoint that lightrail wrote, without running any code that it might hold.
 
     Args:
         path: The file.
+        with_shards: Whether tensors that ranks wrote beside the file are read too.
+        mesh: The device mesh over whose ranks these are divided again; ``None`` for whole tensors.
 
     Returns:
-        Its contents, on the CPU.
+        Its contents, on the CPU; what is divided, on the devices of the mesh.
 
     Raises:
         CheckpointError: The file is missing, truncated, foreign, or holds pickled code.
@@ -85,4 +89,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             allowed="a checkpoint that `train` wrote",
             remedy="To start from foreign weights, load them in your model's constructor; run.resume continues runs.",
         )
-    return checkpoint
+    if not with_shards or checkpoint[_OURS].get("shards") is None:
+        return checkpoint
+    from lightrail.run.distributed_checkpoint import read_shards
+
+    return read_shards(checkpoint, path, mesh)

@@ -10,10 +10,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import OmegaConf
@@ -27,13 +26,24 @@ from lightrail.run.folder import FOLDER_VARIABLE, RunFolder, folder_from_environ
 from lightrail.run.interruption import Interruption, StoppedAtOnce
 from lightrail.run.lock import check_lock, lock_of
 from lightrail.run.observation import Observation, checkpoint_path
+from lightrail.run.processes import is_first_rank, started_processes
+from lightrail.run.ranks import Ranks
+from lightrail.run.rendezvous import cluster_environment
 from lightrail.run.run import Result, Run
+from lightrail.run.sharded_state import load_weights
+from lightrail.run.sharding import strategy_for
+from lightrail.run.sharding_checks import is_sharding
+
+if TYPE_CHECKING:
+    from lightrail.sweep.pruning import Pruning
 
 __all__ = ["execute", "new_folder"]
 
 # Keys of the trainer group that Lightning's Trainer knows by another name or not at all.
 _RENAMED = {"accumulate": "accumulate_grad_batches"}
-_OWN = ("checkpoint_every", "max_samples")
+_OWN = ("checkpoint_every", "max_samples", "strategy", "shard", "distributed_checkpoint")
+# What a run reports whose work is done; the others have failed or were stopped by a signal.
+_ENDED_WELL = ("finished", "stopped early")
 
 
 def execute(run: Run, *, show_progress: bool) -> Result:
@@ -45,7 +55,7 @@ def execute(run: Run, *, show_progress: bool) -> Result:
         accept = bool(run.composition.config.run.accept_changes)
         notes += check_lock(run.resumed.lock, lock, accept_changes=accept)
         # Before anything of the run that it continues is touched.
-        load_checkpoint(run.resumed.checkpoint)
+        load_checkpoint(run.resumed.checkpoint, with_shards=False)
     with _folder_for_children():
         return _execute_in(run, _open_folder(run, lock), lock, notes, began, show_progress)
 
@@ -63,19 +73,25 @@ def _execute_in(
         shows_progress=show_progress,
     )
     with _quiet_lightning():
-        trainer = _make_trainer(run, folder, observation)
-        attach_optimizer(run, trainer, observation.speakers, _noting(trainer, notes))
+        pruning = _pruning(run, folder)
+        trainer = _make_trainer(run, folder, observation, pruning)
+        note = observation.note = _noting(trainer, notes)
+        attach_optimizer(run, trainer, observation.speakers, note)
+        if pruning is not None:
+            pruning.note = note
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(run.composition.config, resolve=True))  # type: ignore[arg-type]
+        ranks = _ranks(run, trainer, observation)
         record = _Record(run, trainer, observation, began, notes)
         try:
-            with interruption.listening():
+            with interruption.listening(), ranks.together():
                 _fit(run, trainer, observation)
-                _test(run, trainer, observation)
+                if not _is_pruned(pruning):
+                    _test(run, trainer, observation)
         except BaseException as error:
             record.write("stopped" if isinstance(error, Interrupted | StoppedAtOnce) else "failed")
             raise
-        record.write("finished")
+        record.write("stopped early" if _is_pruned(pruning) else "finished")
         for logger in trainer.loggers:
             if callable(close := getattr(logger, "close", None)):
                 close()
@@ -103,12 +119,12 @@ def _open_folder(run: Run, lock: Mapping[str, Any]) -> RunFolder:
         return inherited
     if run.resumed is not None and run.resumed.folder is not None:
         folder = run.resumed.folder
-    elif _get_rank():
+    elif not is_first_rank():
         # Another program started this rank; the first one says at set-up where the folder is.
         return RunFolder(Path(config.run.root))
     else:
         folder = new_folder(run.composition)
-    if not _get_rank():
+    if is_first_rank():
         os.environ[FOLDER_VARIABLE] = str(folder.path)
         folder.write_text(folder.config, OmegaConf.to_yaml(config, resolve=True))
         folder.write_json(folder.lock, lock)
@@ -130,30 +146,60 @@ def new_folder(composition: Composition) -> RunFolder:
     return RunFolder.create(Path(composition.config.run.root), composition.config.run.name, title)
 
 
-def _make_trainer(run: Run, folder: RunFolder, observation: Observation) -> Trainer:
+def _pruning(run: Run, folder: RunFolder) -> Pruning | None:
+    """A trial of a sweep asks that sweep whether it is still worth its time."""
+    if run.order is None:
+        return None
+    from lightrail.sweep.pruning import pruning_of
+
+    return pruning_of(folder.path)
+
+
+def _is_pruned(pruning: Pruning | None) -> bool:
+    return pruning is not None and pruning.has_stopped
+
+
+def _make_trainer(run: Run, folder: RunFolder, observation: Observation, pruning: Pruning | None = None) -> Trainer:
     arguments = {_RENAMED.get(key, key): value for key, value in run.trainer.items() if key not in _OWN}
-    callbacks: list[Callback] = [observation]
+    callbacks: list[Callback] = [observation] if pruning is None else [pruning, observation]
     if run.metrics:
         callbacks.insert(0, AddedMetrics(run.metrics))
     with _as_user_errors():
         trainer = Trainer(
             logger=[make(str(folder.path)) for make in run.loggers],
             callbacks=[*run.callbacks, *callbacks],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), cluster_environment(started_processes(), _rank_timeout(run))],
             default_root_dir=str(folder.path),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            strategy=strategy_for(run.trainer),
             **arguments,
         )
     # One owner of the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     loop = attach_step(run, trainer)
     observation.attach(trainer, loop, run.privacy)
-    if trainer.world_size > 1:
-        observation.on_setup = lambda: _agree(run, trainer, observation)
     return trainer
+
+
+def _rank_timeout(run: Run) -> float:
+    return float(run.composition.config.run.rank_timeout)
+
+
+def _ranks(run: Run, trainer: Trainer, observation: Observation) -> Ranks:
+    """The ranks of a run, which agree before they begin."""
+
+    def advice() -> tuple[str, str]:
+        folder = observation.folder
+        return str(folder.last) if folder.last.exists() else "none yet", str(folder.path)
+
+    error_file = None if run.order is None else run.order.workspace / "error.txt"
+    ranks = Ranks(trainer, _rank_timeout(run), lambda: observation.steps, advice, error_file)
+    if trainer.world_size > 1:
+        observation.on_setup = lambda: _agree(run, trainer, observation, ranks)
+    return ranks
 
 
 def _noting(trainer: Trainer, notes: list[str]) -> Callable[[str], None]:
@@ -182,14 +228,15 @@ def _test(run: Run, trainer: Trainer, observation: Observation) -> None:
     if path is not None:
         # Else the weights, which are already those to be evaluated, would be taken for those of the training point.
         observation.move_to_evaluation_point(trainer)
-        run.task.load_state_dict(load_checkpoint(path)["state_dict"])
+        load_weights(run.task, load_checkpoint(path)["state_dict"])
     trainer.test(run.task, datamodule=run.data, verbose=False)
 
 
-def _agree(run: Run, trainer: Trainer, observation: Observation) -> None:
+def _agree(run: Run, trainer: Trainer, observation: Observation, ranks: Ranks) -> None:
     """Every rank learns the first one's folder and proves that it composed the same configuration."""
     path = trainer.strategy.broadcast(str(observation.folder.path))
     observation.folder = RunFolder(Path(path))
+    ranks.begin(path)
     found: list[Any] = [None] * trainer.world_size
     digest = None if run.order is None else run.order.digest
     torch.distributed.all_gather_object(found, (fingerprint(run.composition.config), digest))
@@ -201,6 +248,7 @@ def _agree(run: Run, trainer: Trainer, observation: Observation) -> None:
             allowed="one configuration on all ranks",
             remedy="Remove what differs between processes: times, random or environment resolvers, local files.",
         )
+    ranks.watch()
 
 
 class _Record:
@@ -240,7 +288,7 @@ class _Record:
         if self._run.privacy is not None:
             self._summary["privacy"] = self._run.privacy.write(folder.path)
         # A run that failed has said why; a second error on the way out would hide it.
-        with contextlib.suppress(UserError) if status != "finished" else contextlib.nullcontext():
+        with contextlib.suppress(UserError) if status not in _ENDED_WELL else contextlib.nullcontext():
             folder.write_json(folder.summary, self._summary)
             if outcome := os.environ.get("LIGHTRAIL_OUTCOME"):
                 folder.write_json(Path(outcome), {**self._summary, "folder": str(folder.path)})
@@ -250,7 +298,9 @@ class _Record:
         from lightrail.report import write_report
 
         drawn: dict[str, Any] = {}
-        for each in (self._run.task, *self._run.callbacks) if status == "finished" else ():
+        # A model in shards cannot be evaluated by the first process alone.
+        draws = status in _ENDED_WELL and not is_sharding(self._run.trainer)
+        for each in (self._run.task, *self._run.callbacks) if draws else ():
             figures: Any = getattr(each, "figures", None)
             made: Any = figures() if callable(figures) else {}
             drawn |= made

@@ -123,12 +123,12 @@ class RunFolder:
 
 
 def newest_run(root: Path) -> RunFolder:
-    """The run under ``root`` whose last checkpoint is the newest.
+    """The run under ``root`` whose last checkpoint is the newest, those of sweeps among them.
 
     Raises:
         CheckpointError: There is none.
     """
-    checkpoints = list(root.glob("*/checkpoints/last.ckpt"))
+    checkpoints = [*root.glob("*/checkpoints/last.ckpt"), *root.glob("*/jobs/*/checkpoints/last.ckpt")]
     if not checkpoints:
         raise CheckpointError(
             "there is no run to resume",

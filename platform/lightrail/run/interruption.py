@@ -34,6 +34,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self.last_checkpoint: str = "no checkpoint yet"
+        self._on_child: Any = None
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
@@ -45,6 +46,8 @@ class Interruption:
         try:
             yield self
         finally:
+            if self._on_child is not None:
+                former[signal.SIGCHLD] = self._on_child
             for number, handler in former.items():
                 signal.signal(number, handler)
 
@@ -57,6 +60,10 @@ class Interruption:
                 remedy="Resume from the last good checkpoint with run.resume=latest.",
             )
         self.signal_number = number
+        if self._on_child is None:
+            # A cluster signals every process of a job, which ends the workers of data loaders. torch would make that
+            # an error of the run, which no longer needs them.
+            self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return  # a terminal signals every rank; one says so
         print(

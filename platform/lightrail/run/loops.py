@@ -8,7 +8,7 @@ Lightning's own hooks all lie to one side or the other of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightrail.errors import CompositionError
 from lightrail.run.clock import Horizon
+from lightrail.run.epoch_rest import loader_of, order_of, rest_of
 from lightrail.run.windows import Windows
 from lightrail.step.players import Game
 from lightrail.step.randomness import RandomState
@@ -88,10 +89,26 @@ class PositionedLoader(CombinedLoader):
     """A loader that remembers the random state in which its current pass began."""
 
     random_at_start: RandomState | None = None
+    # What the next pass is to give in place of everything, and what the current one gives.
+    next_rest: dict[str, Any] | None = None
+    rest: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self.random_at_start = RandomState.capture()
-        return super().__iter__()
+        self.rest, self.next_rest = self.next_rest, None
+        if self.rest is None:
+            return super().__iter__()
+        loaders = self.flattened
+        self.flattened = [loader_of(loaders[0], self.rest["indices"])]
+        try:
+            return super().__iter__()
+        finally:
+            self.flattened = loaders
+
+    @property
+    def order(self) -> dict[str, Any] | None:
+        """What tells another number of processes which samples were seen."""
+        return order_of(self.flattened[0]) if len(self.flattened) == 1 else None
 
 
 class _WindowFetcher(_PrefetchDataFetcher):
@@ -214,7 +231,8 @@ class EpochLoop(_TrainingEpochLoop):
     at_boundary: Callable[[], None] | None = None
     at_horizon: Callable[[], None] | None = None
     windows: Windows | None = None
-    _position: dict[str, Any] | None = None
+    _positions: Sequence[dict[str, Any]] = ()
+    _note: Callable[[str], None]
 
     @property
     def window_is_closed(self) -> bool:
@@ -262,25 +280,38 @@ class EpochLoop(_TrainingEpochLoop):
         Args:
             epoch_is_open: Whether the epoch goes on from here; otherwise the next one is to begin.
         """
-        loader = self.trainer.fit_loop._combined_loader
+        loader: Any = self.trainer.fit_loop._combined_loader
         started = loader.random_at_start if epoch_is_open and isinstance(loader, PositionedLoader) else None
         is_secret = self.windows is not None and self.windows.is_secret
         started = None if is_secret else started
         return {
             "random": None if is_secret else RandomState.capture().state_dict(),
             "random_at_start": None if started is None else started.state_dict(),
+            "order": loader.order if started is not None else None,
+            "rest": loader.rest if started is not None else None,
             "epoch_is_open": epoch_is_open,
             "windows": None if self.windows is None else self.windows.position(),
         }
 
-    def set_position(self, position: dict[str, Any]) -> None:
-        """Tells the loop where to go on when it starts from a checkpoint."""
-        self._position = position
+    def set_position(
+        self, positions: Sequence[dict[str, Any]], note: Callable[[str], None] = lambda _text: None
+    ) -> None:
+        """Tells the loop where to go on when it starts from a checkpoint.
+
+        Args:
+            positions: Of each rank of the run that was saved.
+            note: Is told where a different number of ranks goes on otherwise than those would have.
+        """
+        self._positions = positions
+        self._note = note
 
     def _go_to_position(self, data_fetcher: _DataFetcher) -> None:
-        position, self._position = self._position, None
-        if position is None:
+        positions, self._positions = self._positions, ()
+        if not positions:
             return
+        position = positions[self.trainer.global_rank % len(positions)]
+        if len(positions) != self.trainer.world_size and position["epoch_is_open"] and position["random"] is not None:
+            position = self._shared_anew(positions, position, data_fetcher)
         if not position["epoch_is_open"]:
             # Where steps are limited, Lightning takes an epoch that is over for one under way, and would pass it over.
             self.batch_progress.reset_on_run()
@@ -304,9 +335,35 @@ class EpochLoop(_TrainingEpochLoop):
         else:
             # The order of the samples and the seeds of the workers were drawn when the pass began.
             RandomState.from_state_dict(position["random_at_start"]).restore()
+            rest = position.get("rest")
+            data_fetcher.combined_loader.next_rest = rest  # type: ignore[attr-defined]
+            first = 0 if rest is None else rest["first"]
             iter(data_fetcher)
-            _skip(data_fetcher, self.batch_progress.current.ready)
+            data_fetcher.fetched -= first  # Lightning adds all that the epoch has had
+            _skip(data_fetcher, self.batch_progress.current.ready - first)
             random.restore()
+
+    def _shared_anew(
+        self, positions: Sequence[dict[str, Any]], position: dict[str, Any], data_fetcher: _DataFetcher
+    ) -> dict[str, Any]:
+        """Where a different number of ranks goes on: with the samples that are left, or the epoch once more."""
+        trainer, loader = self.trainer, data_fetcher.combined_loader
+        progress: Any = self.batch_progress.current
+        told = f"the epoch that {len(positions)} process{'es' if len(positions) > 1 else ''} began goes on in "
+        told += f"{trainer.world_size}: "
+        rest = None
+        if self.windows is None and isinstance(loader, PositionedLoader) and loader.order and data_fetcher.length:
+            rest = rest_of(positions, progress.ready, trainer.global_rank, trainer.world_size)
+        if rest is None or trainer.num_training_batches != data_fetcher.length:
+            self._note(
+                f"{told}its loader does not tell what is left, so it begins anew, and some samples are seen twice"
+            )
+            return {**position, "epoch_is_open": False, "random_at_start": None}
+        count = len(loader_of(loader.flattened[0], rest))
+        done = max(0, int(trainer.num_training_batches) - count)
+        progress.ready = progress.started = progress.processed = progress.completed = done
+        self._note(f"{told}the {len(rest) * trainer.world_size} samples that were left are shared anew")
+        return {**position, "rest": {"indices": rest, "first": done}}
 
 
 def _is_stateful(loader: CombinedLoader) -> bool:

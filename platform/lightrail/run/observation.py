@@ -21,6 +21,7 @@ from lightrail.run.interruption import Interruption
 from lightrail.run.logged_state import load_logged_state, logged_state
 from lightrail.run.loops import EpochLoop, progress_of
 from lightrail.run.progress import Progress
+from lightrail.run.sharded_state import load_weights
 from lightrail.run.tracking import TrainingMetrics, non_finite_loss
 from lightrail.step.transform import has_evaluation_point
 
@@ -58,6 +59,8 @@ class Observation(Callback):
         self.on_setup: Callable[[], None] | None = None
         # Whatever of the run may have figures of its own to log, by the name that its columns begin with.
         self.speakers: dict[str, Any] = {}
+        # Is told what was decided for the user while the run goes on.
+        self.note: Callable[[str], None] = lambda _text: None
         self.steps = 0
         self._lock = lock
         self._interruption = interruption
@@ -217,6 +220,8 @@ class Observation(Callback):
         if self._is_best and self._trainer.is_global_zero:
             copy_file(self.folder.last, self.folder.best)
         self._is_best = False
+        if not self._is_alone:
+            self._trainer.strategy.barrier()  # the others may read the best one next
         self._interruption.last_checkpoint = f"{self.folder.last} (step {self.steps})"
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -248,10 +253,9 @@ class Observation(Callback):
         if trainer.state.fn != "fit":
             return
         if "current_model_state" in checkpoint:
-            pl_module.load_state_dict(checkpoint["current_model_state"])
+            load_weights(pl_module, checkpoint["current_model_state"])
         ours = checkpoint["lightrail"]
-        positions = ours["positions"]
-        self._loop.set_position(positions[trainer.global_rank % len(positions)])
+        self._loop.set_position(ours["positions"], self.note)
         self.training.load_state_dict(ours["training"])
         self.best = ours["best"]
         self.steps = self._saved_step = ours["steps"]
@@ -290,8 +294,10 @@ class Observation(Callback):
         if not metrics:
             return
         self._progress.show(metrics if spent is not None else {**metrics, "epsilon": None})
+        # On all ranks: a figure of what is sharded is one that they find together.
+        figures = self._figures() if trainer.is_global_zero or not self._is_alone else {}
         if trainer.is_global_zero:
-            metrics = {**metrics, "epoch": trainer.current_epoch, **_learning_rates(trainer), **self._figures()}
+            metrics = {**metrics, "epoch": trainer.current_epoch, **_learning_rates(trainer), **figures}
             step = self._loop._batches_that_stepped
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step)

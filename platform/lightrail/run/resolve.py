@@ -12,6 +12,8 @@ from lightrail.catalogue import available, import_target
 from lightrail.configuration import Chosen, Composition
 from lightrail.errors import CompositionError
 from lightrail.kinds import KINDS
+from lightrail.run.processes import fitted_trainer, plain_trainer, started_processes
+from lightrail.run.sharding_checks import check_sharding
 from lightrail.traits import Traits, traits_of
 
 __all__ = ["Resolved", "resolve"]
@@ -60,9 +62,9 @@ def resolve(composition: Composition, *, is_here: bool = True) -> Resolved:
         if each.kind in ("optimizer", "transform", "schedule", "batching")
     ]
     _check_precision(methods, str(trainer.precision))
-    _check_sharding(methods, str(trainer.get("strategy", "auto")))
+    check_sharding(methods, chosen, objects, trainer, notes)
     if is_here:
-        _check_devices(trainer)
+        _check_devices(fitted_trainer(plain_trainer(trainer), composition.overrides, started_processes())[0])
     _check_batching(chosen, trainer)
     _check_evaluation_points(methods)
     _check_parts(chosen)
@@ -108,17 +110,6 @@ def _check_precision(methods: Sequence[tuple[Chosen, Traits]], precision: str) -
             )
 
 
-def _check_sharding(methods: Sequence[tuple[Chosen, Traits]], strategy: str) -> None:
-    for chosen, traits in methods:
-        if traits.needs_whole_tensors and any(word in strategy for word in ("fsdp", "model_parallel", "deepspeed")):
-            raise CompositionError(
-                f"{chosen.kind} '{chosen.name}' works on whole tensors, which sharding would cut",
-                found=f"trainer.strategy={strategy}",
-                allowed="trainer.strategy=ddp, or one device",
-                remedy="Use trainer=ddp, or an elementwise method.",
-            )
-
-
 def _check_batching(chosen: Sequence[Chosen], trainer: Any) -> None:
     """A share of the batches means nothing where their number and size change."""
     batching = next((each for each in chosen if each.kind == "batching"), None)
@@ -144,8 +135,8 @@ def _check_evaluation_points(methods: Sequence[tuple[Chosen, Traits]]) -> None:
         )
 
 
-def _check_devices(trainer: Any) -> None:
-    accelerator, devices = str(trainer.accelerator), trainer.devices
+def _check_devices(trainer: Mapping[str, Any]) -> None:
+    accelerator, devices = str(trainer["accelerator"]), trainer["devices"]
     wanted = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
     present = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda"):

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightrail.errors import ClosureError
 from lightrail.step.parts import PartsOfTheBatch
+from lightrail.step.sharded import copy_tensors, whole_of
 
 __all__ = ["QUESTIONS", "Closure"]
 
@@ -193,11 +194,12 @@ class Closure(PartsOfTheBatch):
                 remedy="Choose a method that needs no second derivatives.",
             )
         self._count()
-        total: list[Tensor] = [torch.zeros_like(p) for p in self.params]
-        where = [i for i, p in enumerate(self.params) if p.requires_grad]
-        params = [self.params[i] for i in where]
+        vectors = [whole_of(v) for v in vectors]
         # The fused attention kernels have no second derivative; the plain one does.
-        with self._aside(), sdpa_kernel(SDPBackend.MATH):
+        with self._whole() as seen, self._aside(), sdpa_kernel(SDPBackend.MATH):
+            total = [torch.zeros_like(p) for p in seen]
+            where = [i for i, p in enumerate(seen) if p.requires_grad]
+            params = [seen[i] for i in where]
             for index, batch in enumerate(self._batches):
                 loss = self._replay(self._loss_fn, batch, index) / self._divisor
                 gradients = torch.autograd.grad(
@@ -228,8 +230,8 @@ class Closure(PartsOfTheBatch):
                     ) from error
                 for i, product in zip(where, products, strict=True):
                     total[i].add_(product.detach())
-        self._average(total)
-        return total
+            self._average(total)
+        return self._cut(total)
 
     @torch.enable_grad()
     def sampled(self) -> list[Tensor]:
@@ -260,12 +262,12 @@ class Closure(PartsOfTheBatch):
         """
         with torch.no_grad():
             origin = [p.detach().clone() for p in self.params]
-            torch._foreach_copy_(self.params, list(points))
+            copy_tensors(self.params, points)
         try:
             yield self
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.params, origin)
+                copy_tensors(self.params, origin)
 
     @contextmanager
     def turn(self, player: str) -> Iterator[Closure]:

@@ -13,6 +13,7 @@ from lightrail.errors import ClosureError
 from lightrail.step.batches import leading_size
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
+from lightrail.step.sharded import are_sharded, shard_of
 
 __all__ = ["Evaluation", "LossFn", "loss_in"]
 
@@ -83,6 +84,30 @@ class Evaluation:
                     torch.distributed.all_reduce(tensor)
                     tensor.div_(world_size)
 
+    def _average_gradients(self, gradients: list[Tensor]) -> None:
+        """Averages over ranks what a backward pass left in ``.grad``: that of shards did so itself."""
+        if not are_sharded(gradients):
+            self._average(gradients)
+
+    @contextmanager
+    def _whole(self) -> Iterator[list[Tensor]]:
+        """Inside, the parameters as operations see them, in a graph that can be differentiated again and again."""
+        if are_sharded(self.params):
+            raise self._sharded("differentiates the loss in another way than by a backward pass")
+        yield self.params
+
+    def _sharded(self, does: str) -> ClosureError:
+        return ClosureError(
+            f"the method {does}, and the parameters are sharded",
+            found="parameters that each rank has a part of",
+            allowed="whole parameters: trainer=ddp, or one device",
+            remedy="Use trainer=ddp, or choose a method that asks for gradients alone.",
+        )
+
+    def _cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Whole tensors, equal on all ranks, as parts like those of the parameters."""
+        return [shard_of(tensor, p) for tensor, p in zip(tensors, self.params, strict=True)]
+
     def _run_first(self) -> Tensor:
         """The one evaluation of a step that moves statistics, logs and counts; leaves its gradient in ``.grad``."""
         for p in self.params:
@@ -91,7 +116,7 @@ class Evaluation:
         for index, batch in enumerate(self._batches):
             self._states[index] = RandomState.capture()
             losses.append(self._differentiate(self._evaluate, self._loss_fn, batch, index))
-        self._average([p.grad for p in self.params if p.grad is not None])
+        self._average_gradients([p.grad for p in self.params if p.grad is not None])
         return self._mean_over_ranks(losses)
 
     @contextmanager
@@ -143,7 +168,7 @@ class Evaluation:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The loss and gradient of ``fn`` over the window and all ranks."""
         losses, found = self._gradient_here(fn, batches or self._batches)
-        self._average([gradient for gradient in found if gradient is not None])
+        self._average_gradients([gradient for gradient in found if gradient is not None])
         return self._mean_over_ranks(losses), found
 
     def _gradient_here(
@@ -180,7 +205,11 @@ class Evaluation:
 
     def _backward(self, loss: Tensor, params: Sequence[Tensor]) -> Tensor:
         loss = loss / self._divisor
-        if loss.requires_grad:
+        if not loss.requires_grad:
+            return loss.detach()
+        if are_sharded(params):
+            loss.backward()  # the graph knows whole parameters; their gradients reach the shards by themselves
+        else:
             loss.backward(inputs=[p for p in params if p.requires_grad])
         return loss.detach()
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightrail.errors import ClosureError
 from lightrail.step.batches import leading_size, split_batch, split_by_cluster
 from lightrail.step.evaluation import Evaluation
+from lightrail.step.sharded import are_sharded
 
 __all__ = ["PartsOfTheBatch"]
 
@@ -88,6 +89,8 @@ class PartsOfTheBatch(Evaluation):
             ClosureError: The task offers no ``clusters``, or numbers one ``count`` or higher.
         """
         clusters_fn = self._required(self._clusters_fn, "clusters", "clusters(batch)")
+        if are_sharded(self.params):  # a rank without samples of a cluster would leave the others waiting
+            raise self._sharded("evaluates clusters of the batch")
         self._count()
         parts = [split_by_cluster(batch, clusters_fn(*batch), count) for batch in self._batches]
         summed_loss = lambda *batch: self._loss_fn(*batch) * (leading_size(batch) or 0)  # noqa: E731
@@ -118,8 +121,8 @@ class PartsOfTheBatch(Evaluation):
         objectives_fn = self._required(self._objectives_fn, "objectives", "objectives(batch)")
         self._count()
         rows: list[list[Tensor]] = []
-        params = [p for p in self.params if p.requires_grad]
-        with self._aside():
+        with self._whole() as seen, self._aside():
+            params = [p for p in seen if p.requires_grad]
             for index, batch in enumerate(self._batches):
                 values = as_scalars(self._replay(objectives_fn, batch, index))
                 for row, value in enumerate(values):
@@ -132,14 +135,14 @@ class PartsOfTheBatch(Evaluation):
                             materialize_grads=True,
                         )
                     )
-                    full = [next(gradients) if p.requires_grad else torch.zeros_like(p) for p in self.params]
+                    full = [next(gradients) if p.requires_grad else torch.zeros_like(p) for p in seen]
                     if index == 0:
                         rows.append(full)
                     else:
                         torch._foreach_add_(rows[row], full)
-        for row in rows:
-            self._average(row)
-        return rows
+            for row in rows:
+                self._average(row)
+        return [self._cut(row) for row in rows]
 
     @torch.no_grad()
     def sample_losses(self) -> Tensor:
@@ -187,6 +190,8 @@ class PartsOfTheBatch(Evaluation):
             ClosureError: The task offers no ``sample_losses``.
         """
         sample_losses_fn = self._sample_losses()
+        if are_sharded(self.params):
+            raise self._sharded("asks for the gradient of every sample")
         self._count()
         params = [p for p in self.params if p.requires_grad]
         rows = []

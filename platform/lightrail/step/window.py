@@ -26,6 +26,7 @@ from lightrail.step.evaluation import loss_in
 from lightrail.step.players import Game, TurnsOptimizer
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
+from lightrail.step.sharded import are_sharded, gathered
 from lightrail.step.transform import TransformedOptimizer
 
 __all__ = ["WindowClosure", "WindowLoop", "silenced"]
@@ -123,6 +124,14 @@ class WindowClosure(Closure):
     def _aside(self) -> Iterator[None]:
         with super()._aside(), silenced(self._module):
             yield
+
+    @contextmanager
+    def _whole(self) -> Iterator[list[Tensor]]:
+        if not are_sharded(self.params):
+            yield self.params
+            return
+        with gathered(self._module, self.params) as seen:
+            yield seen
 
     @property
     def _rank(self) -> int:

@@ -1,116 +1,160 @@
-"""``train -m``: one job after another, each in a process of its own.
-
-Process groups, CUDA contexts, loggers and seeds leak from job to job within one process; a fresh one leaks nothing.
-"""
+"""``train -m`` and ``train sweep.resume=…``: a sweep from the command line to its table."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-__all__ = ["run_sweep"]
+from lightrail.configuration.command_line import Token
+from lightrail.errors import ConfigurationError, UserError
+from lightrail.launch.job import Job
+from lightrail.sweep.ledger import Ledger, Trial, find_sweep
+from lightrail.sweep.method import Goal
+from lightrail.sweep.planning import Planned, composed_trial, found_again, planned_sweep
 
-# Where a job writes its summary's path, for the table of the sweep.
-OUTCOME_VARIABLE = "LIGHTRAIL_OUTCOME"
+__all__ = ["carry_on", "run_sweep"]
+
+_FOR_A_METHOD = 4  # trials at a time where the launch sets no limit: more at once would be proposed blindly
+_OF_RESUMING = ("sweep.resume", "sweep.retry", "launch.parallel", "run.root")
 
 
 def run_sweep(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
-    """Runs every combination that the overrides spell, and prints a table.
+    """Runs every combination that the overrides spell, or what a method proposes, and prints a table.
 
     Args:
-        overrides: As typed, with sweeps such as ``seed=1,2``.
+        overrides: As typed, with sweeps such as ``seed=1,2``; or ``sweep.resume=FOLDER`` to go on with a sweep.
         config_dirs: Folders of the user's own configuration.
 
     Returns:
-        0 where every job ended well, 1 otherwise.
+        0 where every job ended well, 1 where one did not, 128 + N where signal N asked for a stop.
+
+    Raises:
+        UserError: Jobs that cannot be carried out, or another process that carries out the same sweep.
     """
-    from lightrail.configuration import compose, sweep
-
-    jobs = sweep(list(overrides), config_dirs=config_dirs)
-    for job in jobs:
-        # A typo in one job is told before the first is run.
-        compose(job, config_dirs=config_dirs)
-    varying = _varying(jobs)
-    rows: list[tuple[list[str], int, dict[str, Any]]] = []
-    for number, job in enumerate(jobs, 1):
-        print(f"job {number} of {len(jobs)}: {' '.join(_only(job, varying))}", file=sys.stderr, flush=True)
-        status, summary = _run_job(job, config_dirs)
-        rows.append((_only(job, varying), status, summary))
-        if status in (130, 143):
-            break
-    _print_table(rows, len(jobs))
-    if any("privacy" in summary for _, _, summary in rows):
-        from lightrail.privacy.trials import spent_together
-
-        print("\n" + "\n".join(spent_together([summary for _, _, summary in rows])))
-    return 0 if len(rows) == len(jobs) and all(status == 0 for _, status, _ in rows) else 1
+    typed = {token.key: (token.value or "").strip("'\"") for token in map(Token.parse, overrides)}
+    if typed.get("sweep.resume", "null") not in ("", "null"):
+        return _resumed(typed)
+    if "sweep.retry" in typed:
+        overrides = [each for each in overrides if Token.parse(each).key != "sweep.retry"]
+    return carry_on(planned_sweep(overrides, config_dirs))
 
 
-def _run_job(job: Sequence[str], config_dirs: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    import tempfile
+def _resumed(typed: dict[str, str]) -> int:
+    others = sorted(set(typed) - set(_OF_RESUMING))
+    if others:
+        raise ConfigurationError(
+            "a sweep that goes on is as it was written",
+            found=" ".join(f"{key}={typed[key]}" for key in others),
+            allowed="sweep.resume=FOLDER with sweep.retry=true, launch.parallel=N, run.root=FOLDER",
+            remedy="Leave the others out, or begin a new sweep.",
+        )
+    parallel, retry = typed.get("launch.parallel"), typed.get("sweep.retry", "false").lower()
+    if retry not in ("true", "false") or not (parallel is None or (parallel.isdigit() and int(parallel) > 0)):
+        raise ConfigurationError(
+            "the sweep cannot go on like that",
+            found=" ".join(f"{key}={value}" for key, value in typed.items() if key != "sweep.resume"),
+            allowed="sweep.retry=true or false; launch.parallel a whole number of at least 1",
+            remedy="Correct the value.",
+        )
+    ledger = find_sweep(typed["sweep.resume"], Path(typed.get("run.root", "runs")))
+    planned = found_again(ledger, None if parallel is None else int(parallel))
+    return carry_on(planned, retry=retry == "true")
 
-    with tempfile.TemporaryDirectory() as scratch:
-        outcome = Path(scratch) / "outcome.json"
-        command = [sys.executable, "-m", "lightrail.train"]
-        for folder in config_dirs:
-            command += ["--config-dir", str(folder)]
-        environment = {**os.environ, OUTCOME_VARIABLE: str(outcome)}
-        environment.pop("LIGHTRAIL_RUN_FOLDER", None)
+
+def carry_on(planned: Planned, *, retry: bool = False) -> int:
+    """Carries a sweep out from wherever it stands, and prints its table.
+
+    Args:
+        planned: The sweep.
+        retry: Whether jobs that failed are run again.
+
+    Returns:
+        See :func:`run_sweep`.
+    """
+    from lightrail.sweep.control import Controller
+    from lightrail.sweep.progress import SweepProgress
+
+    ledger, launch, method = planned.ledger, planned.launch, planned.method
+    with ledger.held(), SweepProgress(Goal(**ledger.content["goal"]), ledger.planned) as progress:
+        progress.said(f"{ledger.planned} jobs · {ledger.folder}")
+        if method is not None and launch.parallel is None:
+            launch.parallel = _FOR_A_METHOD
+            progress.said(f"note: {_FOR_A_METHOD} jobs at a time, as a method learns from those that ended; see "
+                          "launch.parallel")  # fmt: skip
+        if method is not None:
+            _return_to(Path(ledger.content["directory"]))
+        controller = Controller(
+            ledger, launch, progress, method=method, propose=None if method is None else _proposing(planned),
+            retry=retry,
+        )  # fmt: skip
+        if launch.parallel is None:
+            started = controller.hand_over()
+            return _handed_over(ledger, launch.name, started)
         try:
-            status = subprocess.run([*command, *job], env=environment, check=False).returncode
+            status = controller.run()
         except KeyboardInterrupt:
-            status = 130
-        summary = json.loads(outcome.read_text()) if outcome.exists() else {}
-    return status, summary
+            print(f"left; its jobs go on or stop by themselves\n{_how_to_resume(ledger)}", file=sys.stderr)
+            return 128 + (controller.signal_number or 2)
+    _tell(ledger, status)
+    return status
 
 
-def _varying(jobs: Sequence[Sequence[str]]) -> set[str]:
-    values: dict[str, set[str]] = {}
-    for job in jobs:
-        for override in job:
-            values.setdefault(override.partition("=")[0], set()).add(override)
-    return {key for key, seen in values.items() if len(seen) > 1}
+def _return_to(directory: Path) -> None:
+    """What a method proposes is composed as if typed where the sweep began, with the modules that lie there."""
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise ConfigurationError(
+            "the folder in which the sweep was begun is not there",
+            found=f"{directory}: {error.strerror}",
+            allowed="a method proposes further trials only where its sweep was begun, beside the modules they use",
+            remedy="Put the folder back, or begin a new sweep.",
+        ) from error
 
 
-def _only(job: Sequence[str], keys: set[str]) -> list[str]:
-    return [override.lstrip("+") for override in job if override.partition("=")[0] in keys]
+def _proposing(planned: Planned) -> Callable[[int], Trial]:
+    """Writes the next trial that the method proposes: its number in, the trial out."""
+    ledger, method = planned.ledger, planned.method
+    assert method is not None
+
+    def propose(number: int) -> Trial:
+        values = method.ask(number)
+        try:
+            composition = composed_trial(ledger, values, is_here=planned.launch.in_this_process)
+        except UserError as error:
+            return ledger.refused(number, values, str(error))
+        return ledger.order(number, values, composition, ledger.planned)
+
+    return propose
 
 
-def _print_table(rows: Sequence[tuple[list[str], int, dict[str, Any]]], planned: int) -> None:
-    columns = _metric_columns([summary for _, _, summary in rows])
-    is_private = any("privacy" in summary for _, _, summary in rows)
-    header = ["job", *columns, *(["epsilon"] if is_private else []), "run folder"]
-    table = [
-        [
-            " ".join(words) or "(the default)",
-            *(f"{summary['metrics'][c]:.4f}" if c in summary.get("metrics", {}) else "-" for c in columns),
-            *([_epsilon(summary)] if is_private else []),
-            summary.get("folder", f"failed with status {status}"),
-        ]
-        for words, status, summary in rows
-    ]
-    widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
-    for line in [header, *table]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if len(rows) < planned:
-        print(f"stopped: {planned - len(rows)} of {planned} jobs were not started")
+def _handed_over(ledger: Ledger, launch: str, started: int) -> int:
+    print(f"{started} jobs handed over to {launch} · {ledger.folder}")
+    print(f"  lightrail sweep {ledger.folder}   how they fare\n  lightrail jobs   each of them")
+    return 0
 
 
-def _epsilon(summary: Mapping[str, Any]) -> str:
-    from lightrail.report.privacy import figure
+def _tell(ledger: Ledger, status: int) -> None:
+    from lightrail.sweep.results import rows_of
+    from lightrail.sweep.table import ending
 
-    spent = summary.get("privacy") or {}
-    if not spent:
-        return "-"
-    return figure(spent["epsilon"]) if spent["private"] else "not private"
+    rows = rows_of(ledger)
+    print(ending(ledger, rows), flush=True)
+    if status >= 128 or any(row.state.phase in ("stopped", "lost", "pending") for row in rows):
+        print(f"\nnot all jobs have finished\n{_how_to_resume(ledger)}")
+        if any(row.state.phase in ("running", "pending") and Job.of(row.trial.folder) is not None for row in rows):
+            print("those that were handed over go on by themselves; `lightrail jobs` lists them, --cancel stops one")
+    elif any(row.state.phase == "failed" for row in rows):
+        print(f"\nfailed jobs are run again by\ntrain sweep.resume={_quoted(ledger)} sweep.retry=true")
 
 
-def _metric_columns(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    names = sorted({name for summary in summaries for name in summary.get("metrics", {})})
-    tests = [name for name in names if name.startswith("test")]
-    return (tests or [name for name in names if name.startswith("val")])[:4]
+def _how_to_resume(ledger: Ledger) -> str:
+    return f"resume with:\ntrain sweep.resume={_quoted(ledger)}"
+
+
+def _quoted(ledger: Ledger) -> str:
+    import shlex
+
+    return shlex.quote(str(ledger.folder))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightrail.testing.federated import FederatedSuite
     from lightrail.testing.guidance import GuidanceSuite
     from lightrail.testing.installed import Case, installed_cases
+    from lightrail.testing.launch import LaunchSuite
     from lightrail.testing.measurement import MeasurementSuite
     from lightrail.testing.model import ModelSuite
     from lightrail.testing.optimizer import OptimizerSuite
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightrail.testing.schedule import ScheduleSuite
     from lightrail.testing.search import SearchSuite
     from lightrail.testing.suite import NonConformance, NotApplicable, Outcome, Suite, examine
+    from lightrail.testing.sweep import SweepSuite
     from lightrail.testing.task import TaskSuite
     from lightrail.testing.time_grid import TimeGridSuite
     from lightrail.testing.topology import TopologySuite
@@ -41,6 +43,7 @@ __all__ = [
     "DenoiserSuite",
     "FederatedSuite",
     "GuidanceSuite",
+    "LaunchSuite",
     "MeasurementSuite",
     "ModelSuite",
     "NonConformance",
@@ -54,6 +57,7 @@ __all__ = [
     "ScheduleSuite",
     "SearchSuite",
     "Suite",
+    "SweepSuite",
     "TaskSuite",
     "TimeGridSuite",
     "TopologySuite",
@@ -71,6 +75,7 @@ _HOMES = {
     "DataSuite": "data",
     "DenoiserSuite": "denoiser",
     "GuidanceSuite": "guidance",
+    "LaunchSuite": "launch",
     "MeasurementSuite": "measurement",
     "ModelSuite": "model",
     "NonConformance": "suite",
@@ -84,6 +89,7 @@ _HOMES = {
     "ScheduleSuite": "schedule",
     "SearchSuite": "search",
     "Suite": "suite",
+    "SweepSuite": "sweep",
     "TaskSuite": "task",
     "TimeGridSuite": "time_grid",
     "TransformSuite": "transform",

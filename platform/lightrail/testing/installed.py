@@ -34,6 +34,8 @@ SUITES = {
     "compressor": "lightrail.testing.compressor:CompressorSuite",
     "partition": "lightrail.testing.partition:PartitionSuite",
     "topology": "lightrail.testing.topology:TopologySuite",
+    "sweep": "lightrail.testing.sweep:SweepSuite",
+    "launch": "lightrail.testing.launch:LaunchSuite",
 }
 
 

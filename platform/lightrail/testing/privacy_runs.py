@@ -127,7 +127,7 @@ class _Task(LightningModule):
         checkpoint["position"] = self._loop.position(epoch_is_open=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._loop.set_position(checkpoint["position"])
+        self._loop.set_position([checkpoint["position"]])
         self._engine.load_state_dict(checkpoint["privacy"])
 
 

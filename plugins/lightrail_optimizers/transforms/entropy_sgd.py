@@ -13,6 +13,7 @@ from torch import Tensor
 from lightrail.errors import ClosureError, ConfigurationError
 from lightrail.options import at_least, between, non_negative, one_of, positive
 from lightrail.step import Closure, Transform
+from lightrail.step.sharded import copy_tensors
 from lightrail.traits import Traits
 from lightrail_optimizers.closure_answers import wide
 from lightrail_optimizers.sophia_rule import draw_directions
@@ -228,7 +229,7 @@ class EntropySGD(Transform):
 
         def gradient(step: int, u: list[Tensor]) -> list[Tensor]:
             if step:
-                torch._foreach_copy_(x, torch._foreach_add(origin, u))
+                copy_tensors(x, torch._foreach_add(origin, u))
             with closure.part(step % count, count):
                 _, g = closure.gradient()
             return [g[i] for i in moving]

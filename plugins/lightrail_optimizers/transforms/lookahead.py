@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightrail.errors import CompositionError
 from lightrail.options import at_least, between, one_of
 from lightrail.step import Closure, Transform
+from lightrail.step.sharded import copy_tensors
 from lightrail.step.transform import has_evaluation_point
 from lightrail.traits import Traits
 from lightrail_optimizers.iterate_average import require_training_point
@@ -29,7 +30,7 @@ def synchronize_(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
         (1.5, 1.5)
     """
     torch._foreach_lerp_(slow, fast, alpha)
-    torch._foreach_copy_(fast, slow)
+    copy_tensors(fast, slow)
 
 
 class Lookahead(Transform):
@@ -127,12 +128,12 @@ class Lookahead(Transform):
     def eval(self, params: list[Tensor]) -> None:
         if not self._fast and self._slow:
             self._fast = [p.detach().clone() for p in params[: len(self._slow)]]
-            torch._foreach_copy_(params[: len(self._slow)], self._slow)
+            copy_tensors(params[: len(self._slow)], self._slow)
 
     @torch.no_grad()
     def train(self, params: list[Tensor]) -> None:
         if self._fast:
-            torch._foreach_copy_(params[: len(self._fast)], self._fast)
+            copy_tensors(params[: len(self._fast)], self._fast)
             self._fast = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightrail.step import Closure, Transform
+from lightrail.step.sharded import copy_tensors
 from lightrail.traits import Claim, Traits
 from lightrail_optimizers.dense_gradients import dense_gradients
 from lightrail_optimizers.tensor_lists import refuse_complex
@@ -68,7 +69,7 @@ def _perpendicular_of_one_kind_(w: list[Tensor], g: list[Tensor], rescale: bool)
     factor = torch.where(remainder > _ROUNDINGS * precision.eps * norm, factor, 0.0)
     torch._foreach_mul_(u, list(factor.unbind()))
     if g[0].dtype != wide:
-        torch._foreach_copy_(g, u)
+        copy_tensors(g, u)
     return (inner * coefficient).sum(), norm.square().sum()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.options import at_least, between
+from lightrail.step.sharded import copy_tensors
 from lightrail.traits import Claim, Traits, traits_of
 
 __all__ = ["EMA"]
@@ -196,7 +197,7 @@ class EMA(Callback):
             return
         current = self._current()
         kept = [tensor.detach().clone() for tensor in current]
-        torch._foreach_copy_(current, self._other)
+        copy_tensors(current, self._other)
         self._other = kept
         self._is_swapped = not training
 

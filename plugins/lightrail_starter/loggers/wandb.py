@@ -15,20 +15,23 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightrail.errors import ConfigurationError
+from lightrail.errors import ConfigurationError, RunFolderError
+from lightrail.files import replace_file
 from lightrail.options import one_of
 
 __all__ = ["Wandb"]
 
 MODES = ("auto", "online", "offline", "disabled")
 STEP = "step"
+ID_FILE = "wandb_id.txt"
 
 
 class Wandb(Logger):
     """Logs to Weights & Biases: online for who is logged in, into the run folder for who is not, never with a question.
 
-    Nothing is imported or started before the first metrics arrive. A resumed run goes on under the same id. The run
-    stays open between training and test; it ends with :meth:`close`, with the process, or with an error.
+    Nothing is imported or started before the first metrics arrive. A run that goes on in its folder, or from a
+    checkpoint, goes on under the same id. It stays open between training and test; it ends with :meth:`close`, with the
+    process, or with an error.
 
     Args:
         folder: Where W&B keeps its files; the run folder under ``train``.
@@ -68,6 +71,8 @@ class Wandb(Logger):
                 remedy="Run `wandb login`, or set logger.wandb.mode=offline.",
             )
         self._folder = Path(folder or ".")
+        # Only a folder that was named is one run's; in the working directory others may start.
+        self._id_file = Path(folder) / ID_FILE if folder else None
         self._project = project
         self._name = name or (self._folder.resolve().name if folder else None)
         self._mode = mode
@@ -128,7 +133,7 @@ class Wandb(Logger):
         if Wandb._open is not None:
             Wandb._open.close()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._id = self._id or secrets.token_hex(4)
+        self._id = self._settled_id()
         chosen = self._resolved_mode()
         for mode in dict.fromkeys((chosen, "offline")):
             try:
@@ -144,6 +149,21 @@ class Wandb(Logger):
         # A run is worth more than its log.
         self._mode = "disabled"
         return None
+
+    def _settled_id(self) -> str:
+        """The id that a checkpoint named, else that of an earlier start in this folder, else a new one.
+
+        It is written down before W&B starts, since a run may die before its first checkpoint.
+        """
+        kept = ""
+        if self._id_file is not None:
+            with contextlib.suppress(OSError):
+                kept = self._id_file.read_text().strip()
+        settled = self._id or kept or secrets.token_hex(4)
+        if self._id_file is not None and settled != kept:
+            with contextlib.suppress(RunFolderError):
+                replace_file(self._id_file, settled.encode())
+        return settled
 
     def _init(self, mode: str) -> Any:
         import wandb
