@@ -75,7 +75,7 @@ class Submitted:
             f"run.name={node}",
         ]
         assert train(*words, "launch=slurm", f"launch.extra={{nodelist: '{node}'}}", *overrides) == 0
-        return cls(root / "runs" / node, node)
+        return cls(root / "runs" / name, node)
 
     @property
     def job(self) -> Job:
