@@ -16,7 +16,19 @@ settings.load_profile("lightrail")
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "packaging")]
 # Begun first, so that no process is left alone with one of them at the end.
-LONG = ("test_readme_long.py", "test_readme.py", "test_conformance.py", "test_third_party.py", "test_kill.py")
+LONG = (
+    "test_readme_long.py",
+    "test_readme.py",
+    "test_chaos.py",
+    "test_conformance.py",
+    "test_sharding.py",
+    "test_submission.py",
+    "test_sweep.py",
+    "test_processes.py",
+    "test_torchrun.py",
+    "test_third_party.py",
+    "test_kill.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

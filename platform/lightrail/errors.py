@@ -9,6 +9,7 @@ LightrailError
 │   ├── CheckpointError      unreadable, truncated, foreign, or made by other plugins
 │   ├── RunFolderError       a run folder that cannot be written
 │   ├── NonFiniteLoss        the loss became NaN or infinite
+│   ├── LostRank             another rank of the run is gone or stands still; exit code 69
 │   └── ClosureError         a method asked its closure for something that it cannot give
 └── Interrupted              a signal asked the run to stop; its state is saved
 """
@@ -19,6 +20,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "LOST_RANK",
     "CheckpointError",
     "ClosureError",
     "CompositionError",
@@ -26,12 +28,16 @@ __all__ = [
     "DataError",
     "Interrupted",
     "LightrailError",
+    "LostRank",
     "NonFiniteLoss",
     "PluginError",
     "RunFolderError",
     "UserError",
     "closest",
 ]
+
+
+LOST_RANK = 69  # the exit status of a rank that ends because another one is lost: the run can be started again
 
 
 class LightrailError(Exception):
@@ -103,6 +109,10 @@ class RunFolderError(UserError):
 
 class NonFiniteLoss(UserError):
     """The loss became NaN or infinite."""
+
+
+class LostRank(UserError):
+    """Another rank of the run is gone, or has not moved for longer than ``run.rank_timeout``."""
 
 
 class ClosureError(UserError):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightrail.errors import Interrupted
+from lightrail.errors import LOST_RANK, Interrupted, LostRank
 
 if TYPE_CHECKING:
     from lightrail.configuration import Composition
@@ -122,7 +122,7 @@ def run_to_end(run: Run) -> int:
         The exit status: 0, 128 + N where signal N asked for a stop, or 69 where another rank of the run was lost.
     """
     from lightrail.run.execution import execute
-    from lightrail.run.lost_ranks import LOST_RANK, LostRank, leave_error
+    from lightrail.run.lost_ranks import leave_error
     from lightrail.run.processes import is_first_rank
 
     is_first = is_first_rank()

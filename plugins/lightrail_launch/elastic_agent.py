@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
-from lightrail.run.lost_ranks import LOST_RANK
+from lightrail.errors import LOST_RANK
 
 __all__ = ["main"]
 

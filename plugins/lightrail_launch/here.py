@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from lightrail import Launch
 from lightrail.launch import Job, JobState, Order
-from lightrail.launch.node import is_held
+from lightrail.launch.node import is_held, signals_held_back
 from lightrail_launch.share import share_of_machine
 
 __all__ = ["Here"]
@@ -43,7 +43,7 @@ class Here(Launch):
         """Starts the order's supervisor in a session of its own; what it prints goes to ``launch/output.log``."""
         self._started = [process for process in self._started if process.poll() is None]
         share = share_of_machine(order, self.parallel or 1)
-        with open(order.workspace / "output.log", "ab") as output:
+        with open(order.workspace / "output.log", "ab") as output, signals_held_back():
             process = subprocess.Popen(
                 [*order.command, "--restarts", str(self.restarts)],
                 cwd=order.directory,

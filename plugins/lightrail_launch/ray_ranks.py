@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightrail.errors import LOST_RANK
 from lightrail.launch.node import Supervisor
-from lightrail.run.lost_ranks import LOST_RANK
 from lightrail_launch.ray_actors import Rank
 
 __all__ = ["RaySupervisor", "main"]

@@ -135,7 +135,7 @@ class SlurmSupervisor(Supervisor):
     def _death(self, status: int) -> str:
         if self._first is None:
             return "the step ended, and no rank left a word"
-        return f"rank {self._first.rank} on {self._first.host} was {super()._death(status)}"
+        return f"rank {self._first.rank} on {self._first.host}: {super()._death(status)}"
 
     def _ended(self, status: int, reason: str = "") -> int:
         if status == 0 or self.asked_to_stop is None:

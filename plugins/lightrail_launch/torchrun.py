@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.launch import Job, Order
-from lightrail.launch.node import Supervisor
+from lightrail.launch.node import Supervisor, signals_held_back
 from lightrail.options import at_least, positive
 from lightrail.run.processes import Processes, fitted_trainer
 from lightrail_launch.here import Here, _born
@@ -93,7 +93,7 @@ class Torchrun(Here):
                 remedy="Leave launch.nodes out, or start the runs one by one.",
             )
         log = order.workspace / "output.log"
-        with open(log, "ab") as output:
+        with open(log, "ab") as output, signals_held_back():
             process = subprocess.Popen(
                 [sys.executable, "-m", "lightrail_launch.torchrun", str(order.folder), *self._words(order.trainer)],
                 cwd=order.directory,

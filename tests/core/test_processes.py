@@ -55,6 +55,10 @@ def mpirun(rank: int) -> dict[str, str]:
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
           "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, Processes(2, 4, 0, 2, "srun")),
+        # srun speaks the protocol of MPICH's mpiexec, without saying who shares a machine.
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "PMI_RANK": "1",
+          "PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
+         Processes(1, 2, 1, 2, "srun")),
         # torchrun that was started by srun, once a machine: torchrun's word counts.
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x",
           "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Processes(1, 2, 1, 2, "torchrun")),

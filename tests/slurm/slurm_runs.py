@@ -68,12 +68,8 @@ class Submitted:
     @classmethod
     def of(cls, root: Path, node: str, *overrides: str) -> Submitted:
         """Submits a run; its name is that of its node."""
-        words = [
-            *RUN,
-            f"callback.SlowBatches.diary={root / node}.diary",
-            f"run.root={root / 'runs'}",
-            f"run.name={node}",
-        ]
+        name = node.replace("[", "").rstrip("]")
+        words = [*RUN, f"run.root={root}/runs", f"run.name={name}", f"callback.SlowBatches.diary={root}/{name}.diary"]
         assert train(*words, "launch=slurm", f"launch.extra={{nodelist: '{node}'}}", *overrides) == 0
         return cls(root / "runs" / name, node)
 
@@ -100,6 +96,7 @@ class Submitted:
         """Waits until a start is among the slow batches with something saved; which process that is."""
 
         def process() -> int | None:
+            assert self.job.outcome() is None, self.log()
             seen = self.diary()
             own = [entry for entry in seen if entry["process"] == self.processes()[-1]]
             is_slow = bool(own) and own[-1]["step"] >= 15 and len(own) > 2

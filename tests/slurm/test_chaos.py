@@ -73,7 +73,7 @@ def timed_out(run: Submitted) -> None:
 
 
 HOW: dict[Callable[[Submitted], None], list[str]] = {
-    preempted: ["data.num_workers=2"],
+    preempted: [],
     timed_out: ["launch.time=1:00:00", "launch.grace=100"],
     failed: [],
     drained: [],

@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_takes_the_others_along_and_all_go_on(slurm_folder
     wait_until(lambda: len(run.processes()) == 4, f"both ranks are there again; {run.log()}")
     run.release()
     assert run.ended() == "finished", run.log()
-    assert "was killed by SIGKILL; the run goes on from its last checkpoint" in run.log()
+    assert "killed by SIGKILL; the run goes on from its last checkpoint" in run.log()
     assert "rank 1 on" in run.log()
     assert "Restarts=0" in slurm("scontrol", "show", "job", run.number)
     assert load_checkpoint(run.folder / "checkpoints" / "last.ckpt")["lightrail"]["steps"] == 60

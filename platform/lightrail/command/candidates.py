@@ -21,7 +21,7 @@ _FLAGS = {
     "train": ("--cfg", "--config-dir", "--help", "--multirun", "--version"),
     "generate": ("--cfg", "--config-dir", "--help", "--version"),
 }
-_COMMANDS = ("bench", "completion", "plugins", "privacy", "search", "--help", "--version")
+_COMMANDS = ("bench", "completion", "federated", "jobs", "plugins", "privacy", "search", "sweep", "--help", "--version")
 
 
 def main(arguments: Sequence[str]) -> int:

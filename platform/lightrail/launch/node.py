@@ -14,14 +14,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightrail.errors import LOST_RANK
 
 if TYPE_CHECKING:
     from lightrail.launch.job import JobState
 
-__all__ = ["Supervisor", "is_held", "main", "progress_of", "reason_of"]
+__all__ = ["Supervisor", "is_held", "main", "progress_of", "reason_of", "signals_held_back"]
 
 HELD = 75  # the exit status of one that found the order in other hands
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -61,10 +64,12 @@ class Supervisor:
                 return 0 if former.phase == "finished" else 1
             for number in PASSED_ON:
                 signal.signal(number, self._pass_on)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
             return self._run_until_over(lock.fileno())
 
     def _acquire(self, lock: int) -> bool:
-        return _taken(lock)
+        # Whoever asks whether somebody holds it takes it for an instant.
+        return any(_taken(lock) or time.sleep(0.1) for _ in range(10))
 
     def _former_outcome(self) -> JobState | None:
         """How it ended before, where it is not to go on."""
@@ -77,7 +82,7 @@ class Supervisor:
             before = progress_of(self.folder)
             status = self._start(lock)
             self._child = None
-            if status >= 0 or self.asked_to_stop is not None:
+            if (status >= 0 and status != LOST_RANK) or self.asked_to_stop is not None:
                 return self._ended(status)
             self.fruitless = 0 if progress_of(self.folder) != before else self.fruitless + 1
             death = self._death(status)
@@ -86,7 +91,7 @@ class Supervisor:
             print(f"{death}; the run goes on from its last checkpoint", file=sys.stderr, flush=True)
 
     def _death(self, status: int) -> str:
-        return f"killed by {signal.Signals(-status).name}"
+        return "a rank was lost" if status == LOST_RANK else f"killed by {signal.Signals(-status).name}"
 
     def _start(self, lock: int) -> int:
         """One start of the run: 0, its exit status, or -N where signal N killed it."""
@@ -114,6 +119,16 @@ class Supervisor:
         phase = "finished" if status == 0 else "stopped" if stopped else "failed"
         write_outcome(self.folder, JobState(phase, reason or reason_of(self.folder, status)), status=status)
         return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """A supervisor that is started inside gets signals when it can answer them; until then one would kill it."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _taken(descriptor: int) -> bool:

@@ -22,8 +22,8 @@ from lightrail.privacy.noise import DeterministicNoise, SystemNoise
 from lightrail.privacy.noise_source import NoiseSource
 from lightrail.privacy.refusals import check_budget, check_continuation, check_finite, check_strategy, no_horizon
 from lightrail.privacy.release import StepRelease
-from lightrail.step.sharded import shard_of
 from lightrail.step.randomness import RandomState
+from lightrail.step.sharded import shard_of
 
 if TYPE_CHECKING:
     from lightrail.run.run import Run

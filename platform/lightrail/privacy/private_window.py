@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lightrail.errors import ClosureError, CompositionError
 from lightrail.privacy.refusals import buffers_of, check_buffers
-from lightrail.step.sharded import are_sharded, gradients_left_alone, whole_parameters
 from lightrail.sample_gradients import Recording, SampleGradients, gradients_one_by_one, learn, refuse_unseen
 from lightrail.sample_gradients.paths import Path
 from lightrail.step.batches import leading_size
 from lightrail.step.closure import QUESTIONS
 from lightrail.step.randomness import RandomState
 from lightrail.step.running_statistics import Statistics
+from lightrail.step.sharded import are_sharded, gradients_left_alone, whole_parameters
 from lightrail.step.window import WindowClosure, silenced
 
 if TYPE_CHECKING:

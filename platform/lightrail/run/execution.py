@@ -290,8 +290,6 @@ class _Record:
         # A run that failed has said why; a second error on the way out would hide it.
         with contextlib.suppress(UserError) if status not in _ENDED_WELL else contextlib.nullcontext():
             folder.write_json(folder.summary, self._summary)
-            if outcome := os.environ.get("LIGHTRAIL_OUTCOME"):
-                folder.write_json(Path(outcome), {**self._summary, "folder": str(folder.path)})
             self._write_report(status)
 
     def _write_report(self, status: str) -> None:

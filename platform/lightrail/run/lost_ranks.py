@@ -14,20 +14,14 @@ from typing import Any
 
 import torch
 
-from lightrail.errors import Interrupted, UserError
+from lightrail.errors import LOST_RANK, Interrupted, LostRank, UserError
 from lightrail.files import replace_file
 from lightrail.run.heartbeats import Beat, Heartbeats
 
-__all__ = ["LOST_RANK", "LostRank", "Watch"]
-
-LOST_RANK = 69  # the exit status of a rank that ends because another one is lost: the run can be started again
+__all__ = ["Watch"]
 
 # How long a rank may take to end by itself once another is known to be lost, in seconds.
 _PATIENCE = 10.0
-
-
-class LostRank(UserError):
-    """Another rank of the run is gone, or has not moved for longer than ``run.rank_timeout``."""
 
 
 class Watch:

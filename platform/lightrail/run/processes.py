@@ -77,7 +77,7 @@ def started_processes(environment: Mapping[str, str] | None = None) -> Processes
     """
     environment = os.environ if environment is None else environment
     for starter, (rank, count, local_rank, local_count) in _STARTERS.items():
-        if rank in environment and count in environment:
+        if rank in environment and count in environment and not _is_sruns(starter, environment):
             size = _number(environment, count)
             alone = local_rank not in environment
             found = Processes(
@@ -91,11 +91,20 @@ def started_processes(environment: Mapping[str, str] | None = None) -> Processes
     return _started_by_slurm(environment)
 
 
+def _is_sruns(starter: str, environment: Mapping[str, str]) -> bool:
+    """Whether what looks like MPICH's mpiexec is srun, which speaks its protocol, but without the local ranks."""
+    return starter == "mpiexec" and environment.get("PMI_SIZE") == environment.get("SLURM_STEP_NUM_TASKS", "")
+
+
 def _named(starter: str, environment: Mapping[str, str]) -> str:
     """Who really set the variables: those of torchrun are what the others are translated into."""
     if starter != "torchrun" or "TORCHELASTIC_RUN_ID" in environment:
         return starter
-    others = (name for name, variables in _STARTERS.items() if name != starter and variables[1] in environment)
+    others = (
+        name
+        for name, variables in _STARTERS.items()
+        if name != starter and variables[1] in environment and not _is_sruns(name, environment)
+    )
     return next(others, "srun" if "SLURM_STEP_ID" in environment else starter)
 
 

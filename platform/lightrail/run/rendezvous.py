@@ -19,9 +19,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from lightrail.errors import ConfigurationError
+from lightrail.errors import ConfigurationError, LostRank
 from lightrail.run.heartbeats import Beat
-from lightrail.run.lost_ranks import LostRank, is_of_communication
+from lightrail.run.lost_ranks import is_of_communication
 from lightrail.run.meeting_place import forget_address, settle_address
 from lightrail.run.processes import Processes
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightrail.errors import CheckpointError
+from lightrail.launch.node import is_held
 from lightrail.run.folder import RunFolder, newest_run
 
 __all__ = ["Resumed", "find_resumed"]
@@ -60,6 +61,13 @@ def find_resumed(overrides: Sequence[str]) -> Resumed | None:
             found="a folder without checkpoints/last.ckpt" if Path(wanted).is_dir() else "no such file or folder",
             allowed="a run folder, a checkpoint in one, or 'latest'",
             remedy="Look for a run with a checkpoint under run.root, or start anew.",
+        )
+    if folder is not None and is_held(folder.path):
+        raise CheckpointError(
+            f"the run at {folder.path} is being carried out at this very moment",
+            found="a process that holds its lock",
+            allowed="a run that has ended, or was stopped",
+            remedy=f"Wait for it, or stop it with `lightrail jobs {folder.path} --cancel`.",
         )
     return Resumed(folder, checkpoint, _lock_inside(checkpoint) if folder is None else folder.read_lock())
 
