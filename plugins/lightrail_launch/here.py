@@ -54,7 +54,11 @@ class Here(Launch):
                 env={**os.environ, **share},
             )
         self._started.append(process)
-        known = {"host": socket.gethostname(), "born": _born(process.pid), "log": str(order.workspace / "output.log")}
+        known = {
+            "host": socket.gethostname(),
+            "born": birth_of(process.pid),
+            "log": str(order.workspace / "output.log"),
+        }
         return self.job(order, str(process.pid), **known, share=share)
 
     def state(self, job: Job) -> JobState:
@@ -74,7 +78,7 @@ class Here(Launch):
             os.kill(process, signal.SIGTERM)
 
     def _lives(self, job: Job) -> bool:
-        born = _born(int(job.number))
+        born = birth_of(int(job.number))
         return job.known["host"] == socket.gethostname() and born is not None and born == job.known["born"]
 
 
@@ -84,11 +88,11 @@ def _holder(folder: Path) -> int | None:
         last = json.loads((folder / "launch" / "starts.jsonl").read_text().splitlines()[-1])
     except (OSError, IndexError):
         return None
-    is_here = last["host"] == socket.gethostname() and _born(last["process"]) is not None
+    is_here = last["host"] == socket.gethostname() and birth_of(last["process"]) is not None
     return last["process"] if is_here and is_held(folder) else None
 
 
-def _born(process: int) -> Any:
+def birth_of(process: int) -> Any:
     """When a process was started, which tells it from a later one of the same number; ``None`` where it is gone."""
     if sys.platform != "linux":
         try:

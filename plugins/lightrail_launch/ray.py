@@ -144,7 +144,7 @@ def connect(address: str) -> Any:
         PluginError: Ray is not installed.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PluginError(
             "launch 'ray' needs a package that is not installed",

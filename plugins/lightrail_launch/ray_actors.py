@@ -47,7 +47,7 @@ class Carrier:
             self._process.send_signal(signal.SIGTERM)
 
     def _carry(self) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         status = HELD
         # Held: a run that outlived the actor before this one goes on to its end.
@@ -70,7 +70,7 @@ class Rank:
 
     def place(self) -> tuple[str, int]:
         """This machine's address, and a port that is free on it."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         with socket.socket() as free:
             free.bind(("", 0))

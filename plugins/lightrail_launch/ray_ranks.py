@@ -39,9 +39,9 @@ class RaySupervisor(Supervisor):
         return "one of the processes was lost" if status == -signal.SIGKILL else super()._death(status)
 
     def _start(self, lock: int) -> int:
-        import ray
-        from ray.exceptions import RayError
-        from ray.util.placement_group import placement_group, remove_placement_group
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+        from ray.util.placement_group import placement_group, remove_placement_group  # pyright: ignore[reportMissingImports]
 
         self._note_start()
         group = placement_group([self._resources] * self._processes, strategy="PACK")
@@ -61,7 +61,7 @@ class RaySupervisor(Supervisor):
             remove_placement_group(group)
 
     def _rank(self, ray: Any, group: Any, number: int) -> Any:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         return (
             ray.remote(Rank)

@@ -17,7 +17,7 @@ from lightrail.launch import Job, Order
 from lightrail.launch.node import Supervisor, signals_held_back
 from lightrail.options import at_least, positive
 from lightrail.run.processes import Processes, fitted_trainer
-from lightrail_launch.here import Here, _born
+from lightrail_launch.here import Here, birth_of
 
 __all__ = ["ElasticSupervisor", "Torchrun", "main"]
 
@@ -103,14 +103,14 @@ class Torchrun(Here):
                 start_new_session=True,
             )
         self._started.append(process)
-        return self.job(order, str(process.pid), host=socket.gethostname(), born=_born(process.pid), log=str(log))
+        return self.job(order, str(process.pid), host=socket.gethostname(), born=birth_of(process.pid), log=str(log))
 
     def carry_out(self, order: Order) -> int:
         """Carries a single run out and waits for its end; see :meth:`lightrail.Launch.carry_out`."""
         supervisor = _supervisor(order.folder, self._words(order.trainer))
         here = socket.gethostname()
         if self.nodes == 1 or Job.of(order.folder) is None:
-            self.job(order, str(os.getpid()), host=here, born=_born(os.getpid()), share={}).keep()
+            self.job(order, str(os.getpid()), host=here, born=birth_of(os.getpid()), share={}).keep()
         return supervisor.carry_out()
 
     def _count(self, trainer: Mapping[str, object]) -> int:

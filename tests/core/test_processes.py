@@ -28,6 +28,14 @@ RUN = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def rank_of_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test says of its rank is forgotten after it."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+
+
 def environment(**variables: str) -> dict[str, str]:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}

@@ -84,5 +84,5 @@ def test_a_missing_extra_skips_with_the_reason(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_kind_without_a_suite_is_told() -> None:
-    with pytest.raises(ConfigurationError, match="launch"):
-        installed_cases(["launch"])
+    with pytest.raises(ConfigurationError, match="logger"):
+        installed_cases(["logger"])

@@ -50,7 +50,7 @@ def stories() -> list[list[str]]:
 
 
 def is_story(block: str) -> bool:
-    return "generate run=latest" in block or "audit latest" in block
+    return any(words in block for words in ("generate run=latest", "audit latest", "sweep.resume=latest"))
 
 
 def lines_of(block: str) -> list[str]:
@@ -60,7 +60,7 @@ def lines_of(block: str) -> list[str]:
 
 def is_long(command: str) -> bool:
     """Whether it trains for more than some seconds; such commands are a file of tests of their own."""
-    return any(word in command for word in ("docs_lm", "train -m", "trainer=ddp"))
+    return any(word in command for word in ("docs_lm", "trainer=ddp", "trainer=fsdp", "launch=torchrun"))
 
 
 def is_first_of_its_program(command: str) -> bool:
@@ -101,5 +101,5 @@ def execute(folder: Path, command: str) -> None:
     finished = run(folder, [str(program), *words[1:]], warm=not is_first_of_its_program(command))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     if words[0] == "train" and "--help" not in words:
-        assert "run folder" in finished.stdout or "report.html" in finished.stdout
+        assert any(last in finished.stdout for last in ("run folder", "report.html", "best: "))
         assert "Traceback" not in finished.stderr

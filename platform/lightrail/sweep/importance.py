@@ -92,7 +92,7 @@ def _number(text: str) -> float:
 
 
 def importance_of(rows: Sequence[Row]) -> Importance | None:
-    """How much each key mattered; ``None`` where there is nothing to compare.
+    """How much each key mattered beside the others; ``None`` where there is nothing to compare.
 
     Few trials are compared by the variance between those that share a value, less what chance would give; many by how
     much worse a random forest foretells them once the values of one key are shuffled.
@@ -102,7 +102,7 @@ def importance_of(rows: Sequence[Row]) -> Importance | None:
     """
     values = np.array([row.value for row in rows], dtype=float)
     axes = axes_of(rows)
-    if len(rows) < 3 or not axes or float(values.std()) == 0.0:
+    if len(rows) < 3 or len(axes) < 2 or float(values.std()) == 0.0:
         return None
     return _by_forest(axes, values) if len(rows) >= FOREST_FROM else _by_variance(axes, values)
 

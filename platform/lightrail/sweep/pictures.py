@@ -21,7 +21,7 @@ __all__ = ["importance_picture", "parallel_picture"]
 
 INK, SOFT, FAINT = "#1d2129", "#646b78", "#e4e4e0"
 ACCENT, BEST = "#3866d6", "#e07a1f"
-WORST_TO_BEST = ("#d9dde6", "#9db6ea", "#3866d6", "#17307a")
+WORST_TO_BEST = ("#bac4d8", "#9db6ea", "#3866d6", "#17307a")
 _SPREAD = 0.035  # of the height: lines through one choice part so far that each is seen
 _TICKS = 5
 
@@ -57,7 +57,7 @@ def parallel_picture(
         line = _curve([float(each[index]) for each in heights])
         drawn.add_patch(PathPatch(
             line, fc="none", ec=BEST if is_best else colours(place), lw=3.0 if is_best else 1.6,
-            alpha=1.0 if is_best else 0.55 + 0.4 * place, zorder=4 if is_best else 2, capstyle="round",
+            alpha=1.0 if is_best else 0.8 + 0.2 * place, zorder=4 if is_best else 2, capstyle="round",
         ))  # fmt: skip
     for place, axis in enumerate(axes):
         _draw_axis(drawn, place, _ticks(axis), names.get(axis.key, axis.key))

@@ -43,7 +43,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         ray.shutdown()
         began.terminate()
