@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightrail import Launch
 from lightrail.launch import Job, JobState, Order
+from lightrail.launch.liveness import birth_of, is_alive
 from lightrail.launch.node import is_held, signals_held_back
 from lightrail_launch.share import share_of_machine
 
@@ -78,8 +78,7 @@ class Here(Launch):
             os.kill(process, signal.SIGTERM)
 
     def _lives(self, job: Job) -> bool:
-        born = birth_of(int(job.number))
-        return job.known["host"] == socket.gethostname() and born is not None and born == job.known["born"]
+        return job.known["host"] == socket.gethostname() and is_alive(int(job.number), job.known["born"])
 
 
 def _holder(folder: Path) -> int | None:
@@ -90,18 +89,3 @@ def _holder(folder: Path) -> int | None:
         return None
     is_here = last["host"] == socket.gethostname() and birth_of(last["process"]) is not None
     return last["process"] if is_here and is_held(folder) else None
-
-
-def birth_of(process: int) -> Any:
-    """When a process was started, which tells it from a later one of the same number; ``None`` where it is gone."""
-    if sys.platform != "linux":
-        try:
-            os.kill(process, 0)
-        except OSError:
-            return None
-        return 0
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else int(fields[19])

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 from lightrail.errors import CompositionError, ConfigurationError
 from lightrail.launch import Job, Order
+from lightrail.launch.liveness import birth_of
 from lightrail.launch.node import Supervisor, signals_held_back
 from lightrail.options import at_least, positive
 from lightrail.run.processes import Processes, fitted_trainer
-from lightrail_launch.here import Here, birth_of
+from lightrail_launch.here import Here
 
 __all__ = ["ElasticSupervisor", "Torchrun", "main"]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightrail.run.windows import loader_like
 from lightrail.step.randomness import RandomState
 
 __all__ = ["loader_of", "order_of", "rest_of"]
@@ -107,20 +108,4 @@ def _seen(order: Mapping[str, Any], positions: Sequence[Mapping[str, Any]], done
 
 def loader_of(loader: DataLoader[Any], indices: Tensor) -> DataLoader[Any]:
     """A loader like another, of some samples in a given order."""
-    workers: dict[str, Any] = {}
-    if loader.num_workers:
-        workers = {
-            "prefetch_factor": loader.prefetch_factor,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
-    return DataLoader(
-        loader.dataset,
-        loader.batch_size,
-        sampler=indices.tolist(),
-        collate_fn=loader.collate_fn,
-        drop_last=loader.drop_last,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        **workers,
-    )
+    return loader_like(loader, batch_size=loader.batch_size, sampler=indices.tolist(), drop_last=loader.drop_last)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightrail.run.meeting_place import born, is_alive
+from lightrail.launch.liveness import birth_of, is_alive
 
 __all__ = ["Beat", "Heartbeats"]
 
@@ -50,7 +50,9 @@ class Beat:
     def of_this_process(cls, number: int, step: int = 0, ended: str | None = None) -> Beat:
         """What this process can say of itself."""
         place, waits = _where_main_thread_is()
-        return cls(number, socket.gethostname(), _space(), os.getpid(), born(os.getpid()), step, place, waits, ended)
+        return cls(
+            number, socket.gethostname(), _space(), os.getpid(), birth_of(os.getpid()), step, place, waits, ended
+        )
 
     @classmethod
     def read(cls, text: bytes) -> Beat:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,9 +14,10 @@ from typing import Any
 
 from lightrail.errors import ConfigurationError
 from lightrail.files import replace_file
+from lightrail.launch.liveness import birth_of, is_alive
 from lightrail.run.processes import Processes
 
-__all__ = ["born", "is_alive", "settle_address"]
+__all__ = ["forget_address", "settle_address"]
 
 # What is the same for all processes of one start, and for no other start.
 _STARTS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -70,7 +70,7 @@ def _agreed_port(processes: Processes, timeout: float) -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        said = {"port": port, "process": os.getpid(), "born": born(os.getpid())}
+        said = {"port": port, "process": os.getpid(), "born": birth_of(os.getpid())}
         replace_file(place, json.dumps(said).encode())
         return port
     end = time.monotonic() + timeout
@@ -90,7 +90,7 @@ def _agreed_port(processes: Processes, timeout: float) -> int:
 
 def _place() -> Path:
     start = [f"{name}={os.environ[name]}" for name in _STARTS if name in os.environ]
-    key = "\n".join(start or [f"{os.getppid()} {born(os.getppid())}"])
+    key = "\n".join(start or [f"{os.getppid()} {birth_of(os.getppid())}"])
     owner = os.getuid() if hasattr(os, "getuid") else 0
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"lightrail-{owner}-{digest}.json"
@@ -103,30 +103,6 @@ def _read(place: Path) -> dict[str, Any] | None:
         return json.loads(place.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def born(process: int) -> Any:
-    """When a process was started, which tells it from a later one of the same number; ``None`` where it is gone.
-
-    Args:
-        process: Its number.
-    """
-    if sys.platform != "linux":
-        try:
-            os.kill(process, 0)
-        except OSError:
-            return None
-        return 0
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def is_alive(process: int, since: Any) -> bool:
-    """Whether a process that was born at ``since`` still lives, on this machine."""
-    return since is not None and born(process) == since
 
 
 def forget_address(environment: Mapping[str, str] | None = None) -> None:

@@ -18,7 +18,7 @@ from lightrail.step.batches import leading_size
 from lightrail.step.batching import Batching, Extent, Portion
 from lightrail.step.randomness import RandomState
 
-__all__ = ["MicroBatch", "Windows", "describe_loader"]
+__all__ = ["MicroBatch", "Windows", "describe_loader", "loader_like"]
 
 _ON_A_PROCESSOR = 8  # times data.batch_size at once: nobody can be asked how much memory is left
 _KEPT_FREE = 0.1  # of an accelerator's memory
@@ -191,22 +191,7 @@ class Windows:
             yield batch if current.portion.shape is None else self.batching.reshape(batch, current.portion.shape)
 
     def _reloaded(self, indices: Iterator[list[int]]) -> DataLoader[Any]:
-        loader = self._loader
-        workers: dict[str, Any] = {}
-        if loader.num_workers:
-            workers = {
-                "prefetch_factor": loader.prefetch_factor,
-                "worker_init_fn": loader.worker_init_fn,
-                "multiprocessing_context": loader.multiprocessing_context,
-            }
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=_Once(indices),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            **workers,
-        )
+        return loader_like(self._loader, batch_sampler=_Once(indices))
 
     def _draw(self, order: torch.Tensor, start: int) -> Iterator[list[int]]:
         """Index lists, one a micro-batch; each is noted down, since workers draw ahead of the training."""
@@ -309,6 +294,30 @@ def _plain(each: MicroBatch) -> list[Any]:
 def _micro_batch(portion: Sequence[Any], *rest: Any) -> MicroBatch:
     samples, shape, lr_factor = portion
     return MicroBatch(Portion(samples, None if shape is None else tuple(shape), lr_factor), *rest)
+
+
+def loader_like(loader: DataLoader[Any], **batches: Any) -> DataLoader[Any]:
+    """A loader of the same data, by the same workers, in other batches.
+
+    Args:
+        loader: The loader.
+        batches: What torch's ``DataLoader`` takes that says which samples make a batch.
+    """
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+    return DataLoader(
+        loader.dataset,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        **batches,
+        **workers,
+    )
 
 
 def describe_loader(loader: Any) -> str:
