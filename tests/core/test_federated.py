@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lightrail
 from lightrail.errors import CompositionError, ConfigurationError, UserError
@@ -265,6 +266,33 @@ class AsksItsTrainer(Separation):
         return {"loss": found["loss"] * (1 + self.trainer.accumulate_grad_batches)}
 
 
+class AsksItsTrainerLate(Separation):
+    """A task that does so in the middle of a visit, when it has moved already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.init.zeros_(self.head.weight)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        found = super().training_step(batch, batch_idx)
+        has_moved = bool(self.head.weight.any())
+        return {"loss": found["loss"] * (1 + (self.trainer.accumulate_grad_batches if has_moved else 0))}
+
+
+def _repeated(step: Any) -> Any:
+    def decorated(*args: Any) -> Any:
+        assert len(args) == 3  # the task, the batch and its number, as a trainer hands them to such a step
+        return step(*args)
+
+    return decorated
+
+
+class Decorated(Separation):
+    """A task whose step does not say what it takes."""
+
+    training_step = _repeated(Separation.training_step)
+
+
 CLUSTERS = ("data=lightrail.testing.federated_runs.ClientClusters", "+federated=fedavg", "federated.clients=3")
 
 
@@ -275,6 +303,8 @@ CLUSTERS = ("data=lightrail.testing.federated_runs.ClientClusters", "+federated=
         ("federated.local_steps=3", "+federated=fedprox", "federated.mu=0.1"),
         ("+transform=[clip_norm]", "schedule=cosine"),
         ("task=test_federated.AsksItsTrainer",),
+        ("task=test_federated.AsksItsTrainerLate", "federated.local_steps=3", "+federated=scaffold"),
+        ("task=test_federated.Decorated",),
     ],
 )
 def test_the_plain_loop_gives_what_the_trainer_gives(options: tuple[str, ...], tmp_path: Path) -> None:
@@ -287,10 +317,23 @@ def test_the_plain_loop_gives_what_the_trainer_gives(options: tuple[str, ...], t
         side._trainer.is_plain = is_plain
         for _ in range(3):
             rounds.step()
-        assert side._trainer.is_plain == (is_plain and "task=" not in options[0])
+        assert side._trainer.is_plain == (is_plain and "AsksItsTrainer" not in options[0])
         ends.append((rounds.model.weights(), rounds.lr))
     assert torch.equal(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+def test_who_listens_to_every_optimizer_hears_each_step_of_a_client(tmp_path: Path) -> None:
+    heard: list[str] = []
+    overrides = ["task=lightrail.testing.federated_runs.Separation", *CLUSTERS, "federated.rounds=2"]
+    rounds = composed_rounds(tmp_path, *overrides, "federated.local_steps=3")[1]
+    rounds.step()
+    listener = register_optimizer_step_pre_hook(lambda optimizer, *rest: heard.append(type(optimizer).__name__))
+    try:
+        rounds.step()
+    finally:
+        listener.remove()
+    assert heard == ["SGD"] * 9  # three clients of three steps
 
 
 # What is refused, before the first round.

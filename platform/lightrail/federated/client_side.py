@@ -17,11 +17,13 @@ from lightrail.federated.client_data import ClientData
 from lightrail.federated.client_privacy import ACCOUNT, ClientPrivacy, seen
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, ServerMethod
+from lightrail.federated.plain_loop import NeedsTrainer
 from lightrail.federated.randomness import generator_for, seed_for, seeded
 from lightrail.federated.transport import Order, Reply
 from lightrail.federated.visit import Visit, VisitingTrainer
 from lightrail.federated.wire import FORGET, Wire, packed, unpacked
 from lightrail.run.run import Run
+from lightrail.step.randomness import RandomState
 
 __all__ = ["ClientSide", "local_run"]
 
@@ -128,22 +130,30 @@ class ClientSide:
         Returns:
             Its answer, and its state.
         """
+        try:
+            return self._worked(order, state)
+        except NeedsTrainer:
+            # Everything that a client begins from is in the order and its state, so that it can begin again.
+            self._trainer.is_plain = False
+            return self._worked(order, state)
+
+    def _worked(self, order: Order, state: Wire) -> tuple[Reply, Wire]:
         method = self.method
         assert isinstance(method, ServerMethod)
         began = time.monotonic()
         message = unpacked(order.message, method.compressor, self.model.layout.size, self.model.dtype)
         if message.pop(FORGET, None) is not None:
             state = {name: value for name, value in state.items() if not name.startswith(ESTIMATE)}
-        with seeded(seed_for(self.seed, "client", order.round, order.client)):
-            privacy, account = self._privacy, state.get(ACCOUNT)
-            run = self.run if privacy is None else privacy.visited(order.client, account)
-            client = self.client(order.client, order.round, run)
-            self._receive(message, state)
-            payload, state = method.client(client, message, {k: v for k, v in state.items() if k != ACCOUNT})
-            payload, state = self._with_buffers(dict(payload), dict(state))
-            metrics = dict(client.metrics)
-            if privacy is not None:
-                metrics, state = privacy.accounted(metrics, run, state, account)
+        RandomState.seed(seed_for(self.seed, "client", order.round, order.client))
+        privacy, account = self._privacy, state.get(ACCOUNT)
+        run = self.run if privacy is None else privacy.visited(order.client, account)
+        client = self.client(order.client, order.round, run)
+        self._receive(message, state)
+        payload, state = method.client(client, message, {k: v for k, v in state.items() if k != ACCOUNT})
+        payload, state = self._with_buffers(dict(payload), dict(state))
+        metrics = dict(client.metrics)
+        if privacy is not None:
+            metrics, state = privacy.accounted(metrics, run, state, account)
         seconds = time.monotonic() - began
         return Reply(order.client, packed(payload), client.samples, metrics, seconds), state
 

@@ -46,7 +46,7 @@ def _cut(loader: DataLoader[Any], tensors: list[Tensor], chosen: Tensor | None) 
     order = _whole_numbers(list(loader.sampler))
     for indices in (order if chosen is None else chosen[order]).split(size):
         if len(indices) == size or not loader.drop_last:
-            yield [tensor[indices] for tensor in tensors]
+            yield [tensor.index_select(0, indices) for tensor in tensors]
 
 
 def _tensors(loader: DataLoader[Any]) -> tuple[list[Tensor], Tensor | None] | None:

@@ -6,7 +6,6 @@ from its hooks, or from what it asks for on the way, and is trained by the train
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,8 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader
 
 from lightrail.federated.indexed_batches import batches_of
@@ -99,9 +100,9 @@ def train_plainly(
     figures = _Figures()
     with _without_trainer(task, figures):
         step = _step_of(task)
-        forget = _forgetting(optimizer, inner)
+        forget, move = _forgetting(optimizer, inner), _moving(optimizer)
         for index, batch in _batches(loader, count):
-            _make(optimizer, forget, step, batch, index, figures)
+            _make(move, forget, step, batch, index, figures)
             if schedule is not None:
                 schedule.step()
     return count, figures.means(), float(inner.param_groups[0]["lr"])
@@ -118,22 +119,23 @@ def _batches(loader: DataLoader[Any], count: int) -> Iterator[tuple[int, Any]]:
                 return
 
 
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _takes(step: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a step takes the loader's iterator, and whether it takes the batch's number, as Lightning finds it."""
+    takes_iterator = is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
+    return takes_iterator, is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
-_names_of_function = lru_cache(maxsize=16)(_names)
+_takes_of_function = lru_cache(maxsize=16)(_takes)
 
 
 def _step_of(task: LightningModule) -> Callable[[Any, int], Any]:
+    step: Callable[..., Any] = task.training_step
     # Of a method, that of its function, which is looked at once for all visits.
-    function = getattr(task.training_step, "__func__", None)
-    names = _names(task.training_step) if function is None else _names_of_function(function)[1:]
-    if "dataloader_iter" in names:
+    function = getattr(step, "__func__", None)
+    takes_iterator, takes_index = _takes(step) if function is None else _takes_of_function(function)
+    if takes_iterator:
         raise NeedsTrainer("dataloader_iter")
-    if len(names) > 1:
-        return lambda batch, index: task.training_step(batch, index)
-    return lambda batch, index: task.training_step(batch)
+    return step if takes_index else lambda batch, index: step(batch)
 
 
 def _forgetting(optimizer: Optimizer, inner: Optimizer) -> Callable[[], None]:
@@ -149,8 +151,29 @@ def _forgetting(optimizer: Optimizer, inner: Optimizer) -> Callable[[], None]:
     return forget
 
 
+def _moving(optimizer: Optimizer) -> Callable[[Callable[[], Tensor]], Any]:
+    """The optimizer's step: as torch found it, where nobody listens to what torch has put around it."""
+    kind: Any = type(optimizer)
+    bare = getattr(kind.step, "__wrapped__", None) if getattr(kind.step, "hooked", False) else None
+    if bare is None or "step" in vars(optimizer) or _is_listened_to(optimizer):
+        as_it_is: Any = optimizer.step
+        return as_it_is
+    # The mark that is set for a profiler takes a seventh of a small step.
+    return lambda closure: bare(optimizer, closure)
+
+
+def _is_listened_to(optimizer: Optimizer) -> bool:
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return any(hooks) or torch.autograd.profiler._is_profiler_enabled
+
+
 def _make(
-    optimizer: Any,
+    move: Callable[[Callable[[], Tensor]], Any],
     forget: Callable[[], None],
     step: Callable[[Any, int], Any],
     batch: Any,
@@ -168,7 +191,7 @@ def _make(
         figures.add(outputs if isinstance(outputs, Mapping) else {"loss": outputs})
         return loss
 
-    optimizer.step(closure)
+    move(closure)
 
 
 @contextmanager

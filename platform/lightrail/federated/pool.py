@@ -18,6 +18,7 @@ import torch
 from lightrail.federated.pool_process import Setting, Task, flat, whole
 from lightrail.federated.transport import Failure, InProcess, Order, Reply, Worker
 from lightrail.federated.wire import Wire
+from lightrail.step.randomness import RandomState
 
 __all__ = ["ClientPool"]
 
@@ -58,7 +59,7 @@ class ClientPool(InProcess):
         shared = _Shared([(order, self._states.get(order.client, {})) for order in orders], len(self._others) + 1)
         began = time.monotonic()
         threads = [threading.Thread(target=each.serve, args=(shared,), daemon=True) for each in self._others]
-        with _threads_of_torch(self._threads):
+        with _threads_of_torch(self._threads), RandomState.kept():
             for each in threads:
                 each.start()
             try:

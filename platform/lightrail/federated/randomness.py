@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from lightrail.step.randomness import RandomState
@@ -38,14 +36,6 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """All generators seeded inside, and as they were outside."""
-    outside = RandomState.capture()
-    # torch.manual_seed asks every kind of accelerator, which takes longer than a small step.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
+    with RandomState.kept():
+        RandomState.seed(seed)
         yield
-    finally:
-        outside.restore()

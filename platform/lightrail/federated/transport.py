@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from lightrail.errors import UserError
 from lightrail.federated.wire import Wire
+from lightrail.step.randomness import RandomState
 
 __all__ = ["Failure", "InProcess", "Order", "Reply", "Transport", "Worker"]
 
@@ -66,7 +67,7 @@ class Worker(Protocol):
     """What does the work of clients: see :class:`lightrail.federated.client_side.ClientSide`."""
 
     def work(self, order: Order, state: Wire) -> tuple[Reply, Wire]:
-        """The answer to an order, and the client's state after it."""
+        """The answer to an order, and the client's state after it; random generators are left anywhere."""
         ...
 
     def about(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class InProcess:
         self._worker = self._worker or self._make()
 
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
-        return [self._answer(order) for order in orders]
+        with RandomState.kept():
+            return [self._answer(order) for order in orders]
 
     def about(self) -> dict[str, Any]:
         return {} if self._worker is None else self._worker.about()

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from lightrail.federated.local_model import as_it_was
-from lightrail.federated.plain_loop import NeedsTrainer, is_plain, train_plainly
+from lightrail.federated.plain_loop import is_plain, train_plainly
 from lightrail.run.assembly import attach_optimizer, attach_step
 from lightrail.run.run import Run
 from lightrail.run.tracking import TrainingMetrics
-from lightrail.step.randomness import RandomState
 from lightrail.step.transform import Transform
 
 __all__ = ["Trained", "Visit", "VisitingTrainer", "fresh"]
@@ -109,6 +107,9 @@ class Visit:
         Args:
             corrections: What acts on the gradient after the run's own transforms.
             change_batch: What the task sees in the place of each batch.
+
+        Raises:
+            NeedsTrainer: The task was trained without one, and asked for it; the visit has to begin again.
         """
         run = dataclasses.replace(
             self._run,
@@ -118,18 +119,11 @@ class Visit:
             callbacks=(),
         )
         if self._trainer.is_plain:
-            before = _copied(run.task.state_dict()), RandomState.capture()
             known = {"folder": self._trainer.trainer.default_root_dir, "batch_size": self._loader.batch_size}
-            try:
-                with as_it_was(run.task, "training_step"):
-                    if change_batch is not None:
-                        _change_batches(run.task, change_batch)
-                    return Trained(*train_plainly(run, self._loader, self._epochs, self._steps, known))
-            except NeedsTrainer:
-                self._trainer.is_plain = False
-                run.task.load_state_dict(before[0])
-                before[1].restore()
-                return self.train(corrections, change_batch)
+            with as_it_was(run.task, "training_step"):
+                if change_batch is not None:
+                    _change_batches(run.task, change_batch)
+                return Trained(*train_plainly(run, self._loader, self._epochs, self._steps, known))
         trainer, figures = self._trainer.trainer, _Figures()
         trainer.callbacks = [figures]  # type: ignore[attr-defined]
         # Loops of its own: nothing of an earlier visit is left.
@@ -155,11 +149,6 @@ class Visit:
             return made
 
         return make
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's state apart from the task; what is no tensor is a layer's own, and may hold anything."""
-    return {key: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in state.items()}
 
 
 def _change_batches(task: LightningModule, change: Callable[[Any], Any]) -> None:

@@ -96,13 +96,10 @@ def _seen(order: Mapping[str, Any], positions: Sequence[Mapping[str, Any]], done
     state = positions[0]["random_at_start"]
     if state is None:
         return None
-    outside = RandomState.capture()
-    RandomState.from_state_dict(state).restore()
-    try:
+    with RandomState.kept():
+        RandomState.from_state_dict(state).restore()
         rows: Any = iter(DataLoader(range(order["samples"]), order["batch_size"], shuffle=True))  # type: ignore[arg-type]
         drawn = [index for _ in range(done // order["batch_size"]) for index in rows._next_index()]
-    finally:
-        outside.restore()
     return torch.tensor(drawn, dtype=torch.int64)
 
 

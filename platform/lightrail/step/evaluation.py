@@ -122,12 +122,8 @@ class Evaluation:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """An extra evaluation: what it moves, other than what the method asked for, is put back."""
-        outside = RandomState.capture()
-        try:
-            with self._statistics.frozen():
-                yield
-        finally:
-            outside.restore()
+        with RandomState.kept(), self._statistics.frozen():
+            yield
 
     @property
     def _rank(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,37 @@ class RandomState:
         torch.set_rng_state(self.torch)
         if self.accelerator and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.accelerator)
+
+    @classmethod
+    @contextmanager
+    def kept(cls) -> Iterator[None]:
+        """Whatever is drawn or seeded inside, every generator is afterwards as it was before.
+
+        Example:
+            >>> with RandomState.kept():
+            ...     inside = torch.rand(3)
+            >>> torch.equal(inside, torch.rand(3))
+            True
+        """
+        outside = cls.capture()
+        try:
+            yield
+        finally:
+            outside.restore()
+
+    @staticmethod
+    def seed(seed: int) -> None:
+        """Seeds every generator that is in use.
+
+        Args:
+            seed: At least 0.
+        """
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # torch.manual_seed asks every kind of accelerator, which takes longer than a small step.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
 
     @staticmethod
     def forget_seed() -> None:

@@ -96,12 +96,9 @@ def _isolated(check: Check, plugin: Any, options: Mapping[str, Any]) -> None:
 
     from lightrail.step.randomness import RandomState
 
-    outside = RandomState.capture()
-    torch.manual_seed(0)
-    try:
+    with RandomState.kept():
+        torch.manual_seed(0)
         check(plugin, options)
-    finally:
-        outside.restore()
 
 
 def known_exceptions(names: frozenset[str]) -> Check:

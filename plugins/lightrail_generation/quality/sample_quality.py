@@ -72,11 +72,8 @@ class SampleQuality:
         Raises:
             CompositionError: The batches are something else.
         """
-        outside = RandomState.capture()
-        try:
+        with RandomState.kept():
             reference, labels, held_out = _read_all(data)
-        finally:
-            outside.restore()
         names: Any = getattr(data, "class_names", None)
         classifier = None
         if labels is not None and int(labels.max()) > 0:

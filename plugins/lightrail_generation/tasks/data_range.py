@@ -67,11 +67,8 @@ def labels_of(batch: Any) -> Tensor | None:
 
 def training_batches(loader: Iterable[Any]) -> Iterator[Any]:
     """One pass over a loader, which moves no random numbers of the run."""
-    outside = RandomState.capture()
-    try:
+    with RandomState.kept():
         yield from loader
-    finally:
-        outside.restore()
 
 
 def measured(batches: Iterable[Any]) -> DataRange:

@@ -196,11 +196,8 @@ def _load(folder: str) -> Any:
     """The task of a run; the random numbers of this one are left alone."""
     from lightrail.generation.trained_run import load_trained
 
-    outside = RandomState.capture()
-    try:
+    with RandomState.kept():
         task = load_trained(folder).task
-    finally:
-        outside.restore()
     if isinstance(task, PFGMPP) or not isinstance(task, Diffusion | FlowMatching | RectifiedDiffusion):
         raise CompositionError(
             "this teacher cannot be rectified",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -63,17 +61,9 @@ def evaluating(module: LightningModule) -> Iterator[None]:
 @contextmanager
 def from_one_seed() -> Iterator[None]:
     """Inside, random numbers are the same every time; outside, nothing was drawn."""
-    outside = RandomState.capture()
-    random.seed(0)
-    np.random.seed(0)
-    # Not torch.manual_seed: it would also seed an accelerator that the run has not begun to use.
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
-    try:
+    with RandomState.kept():
+        RandomState.seed(0)
         yield
-    finally:
-        outside.restore()
 
 
 def directional_sharpness(closure: Closure, before: list[Tensor]) -> float | None:

@@ -20,6 +20,7 @@ from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.partition import Partition, Samples
 from lightrail.federated.transport import Failure, Order, Reply, Worker
 from lightrail.federated.wire import Wire
+from lightrail.step.randomness import RandomState
 
 __all__ = ["Factory", "Participant", "Undivided", "Workshop", "check_own", "merged", "version_differences"]
 
@@ -122,7 +123,8 @@ class Participant:
                 remedy="Start it with the same --folder, or start the run anew.",
             ) from error
         states.forget_after(after)
-        reply, state = worker.work(Order(self.number, round_, parcel.wire), state)
+        with RandomState.kept():
+            reply, state = worker.work(Order(self.number, round_, parcel.wire), state)
         if state:
             states.save(round_, state)
         return self._answer(reply, kept=float(bool(state)))
