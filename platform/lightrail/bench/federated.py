@@ -13,7 +13,7 @@ from lightrail.errors import UserError
 __all__ = ["add_arguments", "measure"]
 
 _TITLES = {"tiny": "linear 64-10", "cnn": "CNN of two layers, 8 x 8 pictures, 29k parameters"}
-_JOB, _FLOWER = "here, few rounds", "Flower, trainers"
+_JOB, _FLOWER, _STEPS = "here, few rounds", "Flower, trainers", "steps alone"
 _MOST_STEP, _MOST_ROUND, _MOST_MEMORY = 1.1, 1 / 20, 2000.0
 
 
@@ -57,7 +57,16 @@ def measure(options: argparse.Namespace) -> Tables:
 
 
 def _compared(model: str, clients: int, options: argparse.Namespace, left_out: list[str]) -> list[Table]:
-    ways = ["plain", "here", "here in two processes", _JOB, "flower with trainers", "flower", "ours over flower"]
+    ways = [
+        "plain",
+        _STEPS,
+        "here",
+        "here in two processes",
+        _JOB,
+        "flower with trainers",
+        "flower",
+        "ours over flower",
+    ]
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(options.rounds):
         # Whoever comes first in a round has no advantage over all rounds.
@@ -89,7 +98,8 @@ def _rounds(setting: str, taken: Mapping[str, list[dict[str, float]]]) -> Table:
         f"a round: {setting}",
         "ms",
         "Flower's simulation with its own FedAvg, two clients at a time: a Lightning Trainer at each client, as a "
-        "LightningModule wants one, and a plain loop of torch; start-up is not counted, for any of them",
+        "LightningModule wants one, and a plain loop of torch; start-up is not counted, for any of them; steps alone are "
+        "those of all clients in one process, in torch, on batches that lie ready",
     )
     table.add(_FLOWER, _per_round(taken["flower with trainers"]))
     table.add("Flower, by hand", _per_round(taken["flower"]), _FLOWER)
@@ -97,6 +107,7 @@ def _rounds(setting: str, taken: Mapping[str, list[dict[str, float]]]) -> Table:
     table.add("engine=here, processes=2", _per_round(taken["here in two processes"]), _FLOWER, _MOST_ROUND)
     if taken["ours over flower"]:
         table.add("engine=flower", _per_round(taken["ours over flower"]), _FLOWER)
+    table.add(_STEPS, _per_round(taken[_STEPS]), _FLOWER)
     return table
 
 
@@ -125,7 +136,7 @@ def _per_round(found: list[dict[str, float]]) -> list[float]:
 def _process(way: str, model: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
     python = options.flower if "flower" in way else sys.executable
     # Rounds that take milliseconds are timed over more of them.
-    short = ("plain", "here", "here in two processes")
+    short = ("plain", _STEPS, "here", "here in two processes")
     rounds = max(options.count, min(5 * options.count, 200 // clients)) if way in short else options.count
     words = ["here" if way == _JOB else way, model, "--clients", str(clients), "--rounds", str(rounds)]
     began = time.perf_counter()

@@ -83,7 +83,7 @@ class Table:
             spread = f"{min(row.samples):.4g} to {max(row.samples):.4g}"
             line = f"{row.name:<{width}}  {row.median:9.4g} {self.unit}  ({spread})"
             if ratio is not None:
-                line += f"  {ratio:5.2f} x {row.peer}"
+                line += f"  {ratio:5.{2 if ratio >= 0.1 else 3}f} x {row.peer}"
             if row.bound is not None:
                 value = row.median if ratio is None else ratio
                 line += f"  [{'within' if value <= row.bound else 'OVER'} {row.bound}]"
