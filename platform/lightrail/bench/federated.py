@@ -98,8 +98,8 @@ def _rounds(setting: str, taken: Mapping[str, list[dict[str, float]]]) -> Table:
         f"a round: {setting}",
         "ms",
         "Flower's simulation with its own FedAvg, two clients at a time: a Lightning Trainer at each client, as a "
-        "LightningModule wants one, and a plain loop of torch; start-up is not counted, for any of them; steps alone are "
-        "those of all clients in one process, in torch, on batches that lie ready",
+        "LightningModule wants one, and a plain loop of torch; start-up is not counted, for any of them; steps alone: "
+        "all clients in one process, in torch, on batches that lie ready",
     )
     table.add(_FLOWER, _per_round(taken["flower with trainers"]))
     table.add("Flower, by hand", _per_round(taken["flower"]), _FLOWER)
