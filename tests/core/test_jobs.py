@@ -130,3 +130,19 @@ def test_jobs_side_by_side_share_cards_and_threads(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     assert share_of_machine(order(1, "cpu"), 2) == {"OMP_NUM_THREADS": str(max(cores // 2, 1))}
+
+
+@pytest.mark.parametrize(
+    ("script", "phase", "reason"),
+    [
+        ("exit 0", "finished", ""),
+        ("exit 3", "failed", "exit status 3"),
+        ("exit 143", "failed", "stopped by SIGTERM"),
+        ("echo no disk > {folder}/launch/error.txt; exit 1", "failed", "no disk"),
+        ("kill -9 $$", "failed", "killed by SIGKILL, 3 times in a row without getting on"),
+    ],
+)
+def test_how_a_run_ended_is_said(script: str, phase: str, reason: str, tmp_path: Path) -> None:
+    job, process = begun(tmp_path / "run", script.format(folder=tmp_path / "run"))
+    process.wait(60)
+    assert job.outcome() == JobState(phase, reason)

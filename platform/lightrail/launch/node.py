@@ -164,7 +164,11 @@ def reason_of(folder: Path, status: int) -> str:
     try:
         return (folder / "launch" / "error.txt").read_text().strip()
     except OSError:
-        return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return (
+            f"stopped by {signal.Signals(status - 128).name}" if status - 128 in PASSED_ON else f"exit status {status}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
