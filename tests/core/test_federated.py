@@ -344,6 +344,12 @@ REFUSED = {
     "several devices": ["+federated=fedavg", "trainer.devices=2"],
     "topology with a server": ["+federated=fedavg", "federated.topology=ring"],
     "server privacy without a server": ["+federated=d_sgd", "+privacy=dp_sgd"],
+    "a masked sum of one": ["+federated=fedavg", "federated.fraction=0.1", "federated.secure_aggregation=true"],
+    "a masked sum in a simulation": [
+        "+federated=fedavg",
+        "federated.engine=flower",
+        "federated.secure_aggregation=true",
+    ],
     "secure and compressed": ["+federated=fedavg", "federated.compressor=sign", "federated.secure_aggregation=true"],
 }
 

@@ -29,7 +29,7 @@ from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.flower.supernode import reply_to
 from lightrail.federated.flower.terms import Terms
 from lightrail.federated.rounds import ServerRounds
-from lightrail.federated.transport import Failure, InProcess, Order, Reply
+from lightrail.federated.transport import Failure, InProcess, Order, Reply, SumTerms
 from lightrail.federated.wire import Wire
 from lightrail.run import compose
 
@@ -183,6 +183,52 @@ def test_what_a_client_raises_is_its_failure(nodes: Nodes) -> None:
     assert set(answers.values()) == {"it failed: ZeroDivisionError: nothing to add to"}
 
 
+TERMS = SumTerms(threshold=2, is_weighted=True, largest=8.0)
+
+
+def test_the_mean_of_a_masked_sum_is_all_that_the_server_learns(nodes: Nodes, tmp_path: Path) -> None:
+    transport = opened(nodes)
+    answers, mean = transport.exchange_secretly(orders(0, torch.tensor([0.5, -1.0])), TERMS)
+    torch.testing.assert_close(mean["w"], torch.tensor([2.0, 0.5]), rtol=0, atol=1e-6)
+    assert {each.client: list(each.message) for each in answers if isinstance(each, Reply)} == {
+        0: ["masked"],
+        1: ["masked"],
+    }
+    again, _ = transport.exchange_secretly(orders(1), TERMS)  # states go on, round by round
+    assert all(isinstance(each, Reply) and each.metrics == {"loss": 2.0} for each in again)
+
+
+@pytest.mark.parametrize("phase", ["share", "mask"])
+def test_of_who_falls_silent_in_a_masked_sum_the_others_tell_enough(nodes: Nodes, tmp_path: Path, phase: str) -> None:
+    nodes.nodes[72] = node(2, tmp_path)
+    kept = nodes.nodes[71]
+    transport = Carried(Terms(timeout=0.4, patience=0.4), nodes)
+    transport.open(3)
+    nodes.nodes[71] = lambda message: None if parcel_of(message.content).words.get("phase") == phase else kept(message)
+    three = [Order(client, 0, {"w": torch.zeros(2)}) for client in range(3)]
+    answers, mean = transport.exchange_secretly(three, TERMS)
+    torch.testing.assert_close(mean["w"], torch.tensor([2.0, 2.0]), rtol=0, atol=1e-6)  # of 1 and 3
+    assert by_client(answers)[1] == "it did not come to the end of the masked sum"
+
+
+def test_a_masked_sum_of_another_round_is_not_gone_on_with(nodes: Nodes) -> None:
+    transport = opened(nodes)
+    transport.exchange_secretly(orders(0), TERMS)
+    answers = by_client(transport._carried(orders(1), words={"phase": "reveal"}))
+    assert set(answers.values()) == {"it failed: ValueError: no masked sum of this round is under way here"}
+
+
+def test_a_client_can_refuse_to_answer_in_the_open(nodes: Nodes, tmp_path: Path) -> None:
+    workshop = Workshop(make=lambda overrides: (Adds(), {}))
+    masked = Participant(0, tmp_path / "0", workshop, masked_only=True)
+    nodes.nodes[70] = lambda message: reply_to(masked, message)
+    with pytest.raises(CompositionError, match="takes part in masked sums alone"):
+        opened(nodes)
+    transport = opened(nodes, overrides=["federated.secure_aggregation=true"])
+    assert isinstance(transport.exchange_secretly(orders(0), TERMS)[0][0], Reply)
+    assert "an answer in the open was asked for" in by_client(transport.exchange(orders(1)))[0]
+
+
 def test_states_are_those_after_the_last_round_that_counted(nodes: Nodes, tmp_path: Path) -> None:
     transport = opened(nodes)
     transport.exchange(orders(0))
@@ -274,14 +320,19 @@ def test_a_deployed_run_is_that_of_one_process_and_survives_a_client_that_is_kil
     threading.Thread(target=kill_at, args=(tmp_path / "stalled-1", clients[1]), daemon=True).start()
     with deployed(Deployment(address, patience=90, folder=tmp_path)):
         there = rounds_of("federated.engine=flower", "federated.timeout=60")
+        masked = rounds_of("federated.engine=flower", "federated.timeout=60", "federated.secure_aggregation=true")
     try:
+        after_one = weights_after(masked, 1)
+        masked.close()
         after_two = weights_after(there, 2)
         after_three = weights_after(there, 1)
     finally:
+        masked.close()
         there.close()
         for process in clients:
             process.terminate()
             process.join(timeout=10)
+    torch.testing.assert_close(after_one, weights_after(rounds_of(), 1), rtol=0, atol=1e-6)
     here = rounds_of()
     torch.testing.assert_close(after_two, weights_after(here, 2), rtol=1e-6, atol=1e-6)
     assert "round 2: client 1 is left out: the connection to it was lost" in capsys.readouterr().err

@@ -30,6 +30,7 @@ client: answers a server until it is stopped; one such process is one client
   --certificate FILE     the server's ca.pem, where it encrypts
   --key FILE             the private key of this node, where the server lets only known nodes connect
   --folder FOLDER        where it keeps its state between rounds; ./federated/client-NUMBER by default
+  --masked-only          takes part only where federated.secure_aggregation=true: the server sees sums alone
   --allow-targets        lets the server name classes by their path: it may then run any code here
   data.path=FILE …       its own data or device win over the server's: data=…, data.…, trainer.accelerator=…
                          all of a client's own data is its own; else the server's partition says what it has
@@ -123,6 +124,7 @@ def _client(words: list[str]) -> int:
     parser.add_argument("--client", type=int, required=True)
     parser.add_argument("--certificate", type=Path)
     parser.add_argument("--key", type=Path)
+    parser.add_argument("--masked-only", action="store_true")
     parser.add_argument("--allow-targets", action="store_true")
     options, others = parser.parse_known_args(words)
     own = _overrides(options, others)
@@ -134,7 +136,8 @@ def _client(words: list[str]) -> int:
     at_least(0, client=options.client)
     folder = options.folder or Path("federated") / f"client-{options.client}"
     connection = Connection(options.server, options.certificate, options.key)
-    participant = Participant(options.client, folder, Workshop(own, allow_targets=options.allow_targets))
+    workshop = Workshop(own, allow_targets=options.allow_targets)
+    participant = Participant(options.client, folder, workshop, masked_only=options.masked_only)
     # What asks a service to stop gets as orderly an end as Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     print(f"client {options.client} answers {options.server}; its state is kept in {folder}; Ctrl-C stops it")

@@ -128,7 +128,8 @@ class ServerMethod(FederatedMethod):
         timeout: Seconds after which a client is given up in a round, where clients are elsewhere.
         secure_range: The greatest entry, up or down, that a client can send where aggregation is secure; positive.
         largest_update: A client whose answer is so many times longer than its round's median is left out; at least 1.
-        secure_aggregation: Whether the server sees only sums of what clients send.
+        secure_aggregation: Whether the server sees only the sum of what clients send, by masks of Bonawitz et al.;
+            counts of batches, losses and numbers of samples it does see.
         server_privacy: What makes what the server releases private for each client.
     """
 

@@ -12,7 +12,7 @@ from lightrail.federated.method import DecentralisedMethod, FederatedMethod, Ser
 if TYPE_CHECKING:
     from lightrail.run.run import Run
 
-__all__ = ["check_method", "check_trainer"]
+__all__ = ["check_engine", "check_method", "check_trainer"]
 
 
 def _refusal(what: str, found: str, allowed: str, remedy: str) -> CompositionError:
@@ -145,13 +145,36 @@ def _check_server(method: ServerMethod, name: str, run: Run) -> None:
             remedy="Use federated.compressor=top_k, or federated.feedback=ef.",
         )
     is_mean = type(method).averaged is ServerMethod.averaged
-    if method.secure_aggregation and (method.compressor is not None or not is_mean or method.engine != "here"):
-        found = "a compressor" if method.compressor is not None else f"federated={name}, engine={method.engine}"
+    if method.secure_aggregation and (method.compressor is not None or not is_mean):
         raise _refusal(
-            "secure aggregation of anything but plain sums in one process",
-            found,
-            "methods that use means of what clients send, without a compressor, with federated.engine=here",
+            "secure aggregation of anything but plain sums",
+            "a compressor" if method.compressor is not None else f"federated={name}",
+            "methods that use means of what clients send, without a compressor",
             "Leave federated.secure_aggregation out.",
+        )
+    if method.secure_aggregation and method.per_round < 2:
+        raise _refusal(
+            "secure aggregation of one client, which has nobody to hide among",
+            f"federated.clients={method.clients} federated.fraction={method.fraction:g}",
+            "at least two clients a round",
+            "Ask for more clients, or leave federated.secure_aggregation out.",
+        )
+
+
+def check_engine(method: ServerMethod) -> None:
+    """Refuses what clients cannot do that Flower simulates.
+
+    Raises:
+        CompositionError: Masked sums, whose secrets a client has to keep from one message to the next.
+    """
+    from lightrail.federated.flower import is_deployed
+
+    if method.secure_aggregation and not is_deployed():
+        raise _refusal(
+            "secure aggregation in Flower's simulation, where a client keeps nothing between two messages",
+            "federated.secure_aggregation=true federated.engine=flower",
+            "federated.engine=here, or clients on machines of their own with `lightrail federated server`",
+            "Set federated.engine=here, which follows the same protocol.",
         )
 
 

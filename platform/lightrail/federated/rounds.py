@@ -20,9 +20,8 @@ from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, Heard, ServerMethod, State
 from lightrail.federated.randomness import generator_for
 from lightrail.federated.record import FederatedRecord
-from lightrail.federated.secure_mean import secure_mean
 from lightrail.federated.server_privacy import ClientHorizon
-from lightrail.federated.transport import Failure, Order, Transport
+from lightrail.federated.transport import Failure, Order, Reply, SumTerms, Transport
 from lightrail.federated.wire import nbytes, packed
 from lightrail.privacy.ledger import Ledger
 
@@ -157,11 +156,11 @@ class ServerRounds(Rounds):
         message = {**method.message(self.state, round_index)}
         wire = packed({**({} if method.keeps_buffers else self.model.buffers()), **message})
         orders = [Order(client, round_index, self._estimates.told(client, wire)) for client in chosen]
-        replies = self.transport.exchange(orders)
+        replies, mean = self._exchanged(orders)
         answers, failures = self._answers.accepted(replies)
         self._tell(round_index, failures, len(chosen))
         answers = self._estimates.updated(answers, chosen)
-        mean = self._mean(answers)
+        mean = self._mean(answers) if mean is None else mean
         heard = Heard(
             round_index,
             method.clients,
@@ -183,6 +182,16 @@ class ServerRounds(Rounds):
             return privacy.drawn()
         return self.method.chosen(round_index, generator_for(self.seed, "chosen", round_index))
 
+    def _exchanged(self, orders: Sequence[Order]) -> tuple[list[Reply | Failure], State | None]:
+        """The answers; and their mean, where that is all that the server may learn of what is in them."""
+        method = self.method
+        if not method.secure_aggregation:
+            return self.transport.exchange(orders), None
+        # More than half: of fewer, a server could ask two halves for both secrets of one client.
+        threshold = max(2, len(orders) // 2 + 1)
+        terms = SumTerms(threshold, method.weighting == "samples", method.secure_range)
+        return self.transport.exchange_secretly(orders, terms)
+
     def _mean(self, answers: Sequence[Answer]) -> State:
         """The mean of the answers, as the server may see it."""
         method = self.method
@@ -193,11 +202,7 @@ class ServerRounds(Rounds):
             return {"update": privacy.mean([v["update"] for v in vectors]) if vectors else privacy.nothing(like)}
         if not answers:
             return {}
-        samples = [each.samples for each in answers]
-        if method.secure_aggregation:
-            weights = [n / max(samples) for n in samples] if method.weighting == "samples" else [1.0] * len(samples)
-            return {name: secure_mean([v[name] for v in vectors], weights, method.secure_range) for name in vectors[0]}
-        return method.averaged(vectors, samples)
+        return method.averaged(vectors, [each.samples for each in answers])
 
     def _tell(self, round_index: int, failures: Sequence[Failure], asked: int) -> None:
         for each in failures:

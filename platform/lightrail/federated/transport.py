@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from lightrail.errors import UserError
 from lightrail.federated.wire import Wire
 from lightrail.step.randomness import RandomState
 
-__all__ = ["Failure", "InProcess", "Order", "Reply", "Transport", "Worker"]
+__all__ = ["Failure", "InProcess", "Order", "Reply", "SumTerms", "Transport", "Worker"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,21 @@ class Failure:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class SumTerms:
+    """How answers are added up where the server is to see their sum alone.
+
+    Args:
+        threshold: How many clients have to come to the end; at least 2, and more than half of those that are asked.
+        is_weighted: Whether clients count by their samples, or all alike.
+        largest: The greatest entry, up or down, that is not clipped; greater than 0.
+    """
+
+    threshold: int
+    is_weighted: bool
+    largest: float
+
+
 class Worker(Protocol):
     """What does the work of clients: see :class:`lightrail.federated.client_side.ClientSide`."""
 
@@ -88,6 +105,21 @@ class Transport(Protocol):
 
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
         """One round: every order has one answer, in any order."""
+        ...
+
+    def exchange_secretly(
+        self, orders: Sequence[Order], terms: SumTerms
+    ) -> tuple[list[Reply | Failure], dict[str, Tensor]]:
+        """One round of which only the mean of the answers is learnt.
+
+        Args:
+            orders: As for :meth:`exchange`.
+            terms: How they are added up.
+
+        Returns:
+            An answer for every order, with a masked vector for its message; and the mean over those that are no
+            failures, by name: none where too few came to the end.
+        """
         ...
 
     def about(self) -> dict[str, Any]:
@@ -125,6 +157,27 @@ class InProcess:
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
         with RandomState.kept():
             return [self._answer(order) for order in orders]
+
+    def exchange_secretly(
+        self, orders: Sequence[Order], terms: SumTerms
+    ) -> tuple[list[Reply | Failure], dict[str, Tensor]]:
+        from lightrail.federated.secret_mean import SecretPart, summed
+
+        parts: dict[int, SecretPart] = {}
+
+        def begin(reply: Reply) -> Reply | Failure:
+            try:
+                part = SecretPart(reply.client, reply.message, reply.samples, terms.threshold)
+            except ValueError as error:
+                return Failure(reply.client, str(error))
+            parts[reply.client] = part
+            return replace(reply, message=part.begin())
+
+        def ask(phase: str, messages: Mapping[int, Wire]) -> Mapping[int, Wire]:
+            return {client: parts[client].answer(phase, wire) for client, wire in messages.items()}
+
+        begun = [begin(each) if isinstance(each, Reply) else each for each in self.exchange(orders)]
+        return summed(begun, ask, terms)
 
     def about(self) -> dict[str, Any]:
         return {} if self._worker is None else self._worker.about()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightrail.federated.client_side import ClientSide, local_run
 from lightrail.federated.gossip_rounds import GossipRounds
 from lightrail.federated.method import DecentralisedMethod, FederatedMethod, ServerMethod
-from lightrail.federated.refusals import check_method, check_trainer
+from lightrail.federated.refusals import check_engine, check_method, check_trainer
 from lightrail.federated.rounds import Rounds, ServerRounds
 from lightrail.federated.transport import InProcess, Transport
 
@@ -77,6 +77,7 @@ def _transport(method: ServerMethod, run: Run, side: ClientSide) -> Transport:
         return ClientPool(lambda: side, run.composition.overrides, method.processes)
     from lightrail.federated.flower import transport_for
 
+    check_engine(method)
     return transport_for(run.composition.overrides, timeout=method.timeout)
 
 

@@ -20,7 +20,7 @@ from lightrail.errors import PluginError
 if TYPE_CHECKING:
     from lightrail.federated.transport import Transport
 
-__all__ = ["Deployment", "deployed", "require_flower", "transport_for"]
+__all__ = ["Deployment", "deployed", "is_deployed", "require_flower", "transport_for"]
 
 # Neither usage figures nor a look for a newer version leave the machine; who wants them sets these to 1 and 0.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -55,6 +55,11 @@ def deployed(deployment: Deployment) -> Iterator[None]:
         yield
     finally:
         _deployment.reset(token)
+
+
+def is_deployed() -> bool:
+    """Whether a run that is composed now has its clients on machines of their own."""
+    return _deployment.get() is not None
 
 
 def transport_for(overrides: Sequence[str], *, timeout: float) -> Transport:

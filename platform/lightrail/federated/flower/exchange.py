@@ -14,11 +14,14 @@ from typing import Any
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from lightrail.errors import CheckpointError, CompositionError
 from lightrail.federated.flower.records import Parcel, parcel_of, records_of, whole
 from lightrail.federated.flower.terms import Terms
-from lightrail.federated.transport import Failure, Order, Reply
+from lightrail.federated.secret_mean import summed
+from lightrail.federated.transport import Failure, Order, Reply, SumTerms
+from lightrail.federated.wire import Wire
 
 __all__ = ["FlowerTransport"]
 
@@ -95,13 +98,41 @@ class FlowerTransport:
 
     def exchange(self, orders: Sequence[Order]) -> list[Reply | Failure]:
         """One round; a client that has not answered after the time that the terms give has failed."""
+        return self._carried(orders)
+
+    def exchange_secretly(
+        self, orders: Sequence[Order], terms: SumTerms
+    ) -> tuple[list[Reply | Failure], dict[str, Tensor]]:
+        """One round of which only the mean is learnt: four messages to each client."""
+        if not orders:
+            return [], {}
+        begun = self._carried(orders, {"threshold": terms.threshold})
+        round_index = orders[0].round
+
+        def ask(phase: str, messages: Mapping[int, Wire]) -> dict[int, Wire]:
+            further = [Order(client, round_index, wire) for client, wire in messages.items()]
+            answers = self._carried(further, words={"phase": phase})
+            for each in answers:
+                if isinstance(each, Failure):
+                    _warn(f"client {each.client} leaves the masked sum: {each.reason}")
+            return {each.client: each.message for each in answers if isinstance(each, Reply)}
+
+        return summed(begun, ask, terms)
+
+    def _carried(
+        self,
+        orders: Sequence[Order],
+        figures: Mapping[str, float] | None = None,
+        words: Mapping[str, str] | None = None,
+    ) -> list[Reply | Failure]:
+        """What clients answer to orders, which hold these figures and words besides."""
         deadline = time.monotonic() + self._terms.timeout
         waiting = {order.client: order for order in orders}
         asked: dict[str, _Asked] = {}
         answers: list[Reply | Failure] = []
         while waiting:
             self._look()
-            self._ask(waiting, asked)
+            self._ask(waiting, asked, figures or {}, words or {})
             for message in self._hear(self._pull([*self._introduced, *asked])):
                 sent = asked.pop(message.metadata.reply_to_message_id)
                 if waiting.get(sent.order.client) is sent.order:
@@ -219,15 +250,21 @@ class FlowerTransport:
                 self._node_of[client] = node
         return others
 
-    def _ask(self, waiting: Mapping[int, Order], asked: dict[str, _Asked]) -> None:
+    def _ask(
+        self,
+        waiting: Mapping[int, Order],
+        asked: dict[str, _Asked],
+        more_figures: Mapping[str, float],
+        more_words: Mapping[str, str],
+    ) -> None:
         """Sends each order to the node that is its client now, and again where that has changed."""
         on_the_way = {(each.order.client, each.node) for each in asked.values()}
         for client, order in waiting.items():
             node = self._node_of.get(client)
             if node is None or node not in self._online or (client, node) in on_the_way:
                 continue
-            figures = {"client": client, "round": order.round, "after": self._counted.get(client, -1)}
-            parcel = Parcel(order.message, figures, words=self._words())
+            figures = {"client": client, "round": order.round, "after": self._counted.get(client, -1), **more_figures}
+            parcel = Parcel(order.message, figures, words={**self._words(), **more_words})
             if (sent := self._push(node, "train", parcel, str(order.round))) is not None:
                 asked[sent] = _Asked(order, node)
 

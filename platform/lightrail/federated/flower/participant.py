@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightrail.errors import CheckpointError, CompositionError, ConfigurationErr
 from lightrail.federated.flower.records import Parcel, whole
 from lightrail.federated.flower.states import StateFolder
 from lightrail.federated.partition import Partition, Samples
+from lightrail.federated.secret_mean import SecretPart
 from lightrail.federated.transport import Failure, Order, Reply, Worker
 from lightrail.federated.wire import Wire
 from lightrail.step.randomness import RandomState
@@ -82,12 +84,15 @@ class Participant:
         number: Which one, from 0.
         folder: Where it keeps its states.
         workshop: Makes its worker.
+        masked_only: Whether it takes part only in runs whose server sees nothing of it but a sum.
     """
 
-    def __init__(self, number: int, folder: Path, workshop: Workshop) -> None:
+    def __init__(self, number: int, folder: Path, workshop: Workshop, *, masked_only: bool = False) -> None:
         self.number = number
         self.folder = folder
         self._workshop = workshop
+        self._masked_only = masked_only
+        self._secret: tuple[str, int, SecretPart] | None = None  # of which run and round
 
     def answer(self, kind: str, parcel: Parcel) -> Parcel:
         """The answer to a message; nothing that the message holds makes it raise.
@@ -96,6 +101,14 @@ class Participant:
             kind: ``query`` for who it is and whether it fits the run, ``train`` for a round.
             parcel: What the server sent.
         """
+        if self._masked_only and not _adds_up(parcel.words):
+            return self._answer(
+                words={
+                    "refused": "this client takes part in masked sums alone",
+                    "found": "federated.secure_aggregation=false",
+                    "allowed": "federated.secure_aggregation=true",
+                }
+            )
         try:
             worker = self._workshop.worker_for(parcel.words)
         except UserError as error:
@@ -106,11 +119,13 @@ class Participant:
         if kind != "train":
             return self._answer()
         try:
-            return self._work(worker, parcel)
+            return self._phase(parcel) if "phase" in parcel.words else self._work(worker, parcel)
         except Exception as error:
             return self._failed(error)
 
     def _work(self, worker: Worker, parcel: Parcel) -> Parcel:
+        if self._masked_only and "threshold" not in parcel.figures:
+            raise ValueError("an answer in the open was asked for, and this client takes part in masked sums alone")
         round_, after = whole(parcel.figures, "round"), int(parcel.figures.get("after", -1))
         states = StateFolder(self.folder, parcel.words["run"])
         try:
@@ -127,7 +142,19 @@ class Participant:
             reply, state = worker.work(Order(self.number, round_, parcel.wire), state)
         if state:
             states.save(round_, state)
+        if "threshold" in parcel.figures:
+            part = SecretPart(self.number, reply.message, reply.samples, whole(parcel.figures, "threshold"))
+            self._secret = parcel.words["run"], round_, part
+            reply = replace(reply, message=part.begin())
         return self._answer(reply, kept=float(bool(state)))
+
+    def _phase(self, parcel: Parcel) -> Parcel:
+        """A further word in the masked sum of a round."""
+        asked = parcel.words["run"], whole(parcel.figures, "round")
+        if self._secret is None or self._secret[:2] != asked:
+            raise ValueError("no masked sum of this round is under way here")
+        part = self._secret[2]
+        return self._answer(Reply(self.number, part.answer(parcel.words["phase"], parcel.wire), part.samples, {}))
 
     def _answer(self, reply: Reply | None = None, kept: float = 0.0, words: Mapping[str, str] | None = None) -> Parcel:
         figures: dict[str, float] = {"client": self.number}
@@ -159,6 +186,15 @@ def merged(overrides: Sequence[str], own: Sequence[str]) -> list[str]:
     keys = {_key(each) for each in own}
     kept = (each for each in overrides if not _key(each).startswith(_OF_SERVER))
     return [each for each in kept if _key(each) not in keys] + list(own)
+
+
+def _adds_up(words: Mapping[str, str]) -> bool:
+    """Whether the server's run has secure aggregation."""
+    try:
+        said = [str(each) for each in json.loads(words["overrides"])]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return any(_key(each) == "federated.secure_aggregation" and each.endswith("=true") for each in said)
 
 
 def _is_data(override: str) -> bool:
