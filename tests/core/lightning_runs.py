@@ -122,6 +122,7 @@ def fit(
     shuffle: bool = True,
     batch_size: int = 8,
     num_workers: int = 0,
+    persistent: bool = False,
     checkpoint: Path | None = None,
     seed: int = 0,
     callbacks: Sequence[pl.Callback] = (),
@@ -132,7 +133,12 @@ def fit(
     task = Task(make_optimizer)
     trainer, observation = trainer_for(folder, callbacks=list(callbacks), **arguments)
     loader = DataLoader(
-        dataset or problem(), batch_size=batch_size, shuffle=shuffle, num_workers=num_workers, sampler=sampler
+        dataset or problem(),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        sampler=sampler,
     )
     validation = DataLoader(problem(16), batch_size=8)
     trainer.fit(task, loader, validation, ckpt_path=None if checkpoint is None else str(checkpoint))

@@ -86,6 +86,7 @@ VARIANTS: dict[str, tuple[Callable[[Any], Optimizer], dict[str, Any]]] = {
     "plain": (adamw, {}),
     "augmentation": (adamw, {"dataset": Noisy(*problem().tensors)}),
     "workers": (adamw, {"dataset": Noisy(*problem().tensors), "num_workers": 1}),
+    "lasting-workers": (adamw, {"num_workers": 2, "persistent": True}),
     "accumulation": (transformed(adamw, Climb()), {"window": True, "accumulate_grad_batches": 2}),
     "validation-within": (adamw, {"val_check_interval": 4}),
     "two-points": (lambda p: Averaging(p, lr=0.1, momentum=0.9), {}),

@@ -1,4 +1,4 @@
-"""A signal to every process of a run, as a cluster sends it: the workers of the loaders die of it, the run saves."""
+"""A signal to every process of a run, as a cluster sends it: the loaders go on until the run has saved."""
 
 from __future__ import annotations
 

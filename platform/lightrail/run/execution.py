@@ -33,6 +33,7 @@ from lightrail.run.run import Result, Run
 from lightrail.run.sharded_state import load_weights
 from lightrail.run.sharding import strategy_for
 from lightrail.run.sharding_checks import is_sharding
+from lightrail.run.worker_signals import shield_workers
 
 if TYPE_CHECKING:
     from lightrail.sweep.pruning import Pruning
@@ -179,6 +180,7 @@ def _make_trainer(run: Run, folder: RunFolder, observation: Observation, pruning
         )
     # One owner of the signals.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    shield_workers(trainer)
     loop = attach_step(run, trainer)
     observation.attach(trainer, loop, run.privacy)
     return trainer

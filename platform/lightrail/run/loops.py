@@ -89,12 +89,15 @@ class PositionedLoader(CombinedLoader):
     """A loader that remembers the random state in which its current pass began."""
 
     random_at_start: RandomState | None = None
+    # Whether its workers began with the pass, which draws a seed for them, or were there from an earlier one.
+    began_workers: bool = True
     # What the next pass is to give in place of everything, and what the current one gives.
     next_rest: dict[str, Any] | None = None
     rest: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         self.random_at_start = RandomState.capture()
+        self.began_workers = not any(_lasting_workers(each) for each in self.flattened)
         self.rest, self.next_rest = self.next_rest, None
         if self.rest is None:
             return super().__iter__()
@@ -105,10 +108,22 @@ class PositionedLoader(CombinedLoader):
         finally:
             self.flattened = loaders
 
+    def end_workers(self) -> None:
+        """Ends the workers that would last, so that the next pass begins with new ones."""
+        for each in self.flattened:
+            if (workers := _lasting_workers(each)) is not None:
+                workers._shutdown_workers()
+                each._iterator = None
+
     @property
     def order(self) -> dict[str, Any] | None:
         """What tells another number of processes which samples were seen."""
         return order_of(self.flattened[0]) if len(self.flattened) == 1 else None
+
+
+def _lasting_workers(loader: Any) -> Any:
+    """What holds a loader's persistent workers; ``None`` where they have not begun, or end with each pass."""
+    return getattr(loader, "_iterator", None) if isinstance(loader, DataLoader) else None
 
 
 class _WindowFetcher(_PrefetchDataFetcher):
@@ -289,6 +304,7 @@ class EpochLoop(_TrainingEpochLoop):
             "random_at_start": None if started is None else started.state_dict(),
             "order": loader.order if started is not None else None,
             "rest": loader.rest if started is not None else None,
+            "began_workers": started is not None and loader.began_workers,
             "epoch_is_open": epoch_is_open,
             "windows": None if self.windows is None else self.windows.position(),
         }
@@ -335,8 +351,12 @@ class EpochLoop(_TrainingEpochLoop):
         else:
             # The order of the samples and the seeds of the workers were drawn when the pass began.
             RandomState.from_state_dict(position["random_at_start"]).restore()
-            rest = position.get("rest")
-            data_fetcher.combined_loader.next_rest = rest  # type: ignore[attr-defined]
+            rest, loader = position.get("rest"), data_fetcher.combined_loader
+            assert isinstance(loader, PositionedLoader)
+            loader.next_rest = rest
+            if position.get("began_workers"):
+                # Lightning has begun them to look what there is, and they would not draw their seed again.
+                loader.end_workers()
             first = 0 if rest is None else rest["first"]
             iter(data_fetcher)
             data_fetcher.fetched -= first  # Lightning adds all that the epoch has had

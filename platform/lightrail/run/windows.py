@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from lightrail.errors import CompositionError
+from lightrail.run.worker_signals import shielded
 from lightrail.step.batches import leading_size
 from lightrail.step.batching import Batching, Extent, Portion
 from lightrail.step.randomness import RandomState
@@ -310,7 +311,7 @@ def loader_like(loader: DataLoader[Any], **batches: Any) -> DataLoader[Any]:
             "worker_init_fn": loader.worker_init_fn,
             "multiprocessing_context": loader.multiprocessing_context,
         }
-    return DataLoader(
+    made: DataLoader[Any] = DataLoader(
         loader.dataset,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
@@ -318,6 +319,7 @@ def loader_like(loader: DataLoader[Any], **batches: Any) -> DataLoader[Any]:
         **batches,
         **workers,
     )
+    return shielded(made)
 
 
 def describe_loader(loader: Any) -> str:
