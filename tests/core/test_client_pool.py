@@ -124,7 +124,10 @@ def test_a_process_that_is_made_of_something_else_is_not_used(
     assert "its numbers are not those of this process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", ["federated.engine=flower", "+privacy=dp_sgd"])
-def test_several_processes_are_refused_where_they_would_not_give_the_same(other: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["trainer.accelerator=auto", "+privacy=dp_sgd"])
+def test_several_processes_are_refused_where_they_would_not_give_the_same(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: other.endswith("auto"))
     with pytest.raises(CompositionError, match="2 processes"):
         composed_rounds(tmp_path, "+federated=fedavg", "federated.clients=10", "federated.processes=2", other)

@@ -306,6 +306,14 @@ def weights_after(rounds: ServerRounds, steps: int) -> torch.Tensor:
     return rounds.state["weights"].clone()
 
 
+def test_a_server_has_no_processes_for_its_clients(tmp_path: Path) -> None:
+    with (
+        deployed(Deployment(f"127.0.0.1:{free_port()}", folder=tmp_path)),
+        pytest.raises(CompositionError, match="clients on machines of their own"),
+    ):
+        rounds_of("federated.engine=flower", "federated.processes=2")
+
+
 def test_a_deployed_run_is_that_of_one_process_and_survives_a_client_that_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,10 +128,21 @@ def test_the_server_sees_no_vector() -> None:
             assert one[name].numel() == 0 or not torch.equal(one[name], other[name])
 
 
+def everybody_of(parts: list[SecretPart]) -> Wire:
+    keys = [part.begin() for part in parts]
+    everybody = {n: torch.stack([each[n] for each in keys]) for n in ("channel", "mask")}
+    return {"clients": torch.arange(len(parts)), **everybody}
+
+
+def test_half_of_the_clients_are_not_enough() -> None:
+    parts = [SecretPart(c, each, 1, 2) for c, each in enumerate(ANSWERS)]
+    with pytest.raises(ValueError, match="2 of 4 clients are to be enough"):
+        parts[0].answer("share", everybody_of(parts))
+
+
 def test_both_secrets_of_a_client_are_not_told() -> None:
     parts = [SecretPart(c, each, 1, 2) for c, each in enumerate(ANSWERS[:3])]
-    keys = [part.begin() for part in parts]
-    everybody = {"clients": torch.arange(3)} | {n: torch.stack([each[n] for each in keys]) for n in ("channel", "mask")}
+    everybody = everybody_of(parts)
     sent = [part.answer("share", everybody) for part in parts]
     own = 0
     letters = [sent[c]["letters"][sent[c]["to"].tolist().index(own)] for c in (1, 2)]

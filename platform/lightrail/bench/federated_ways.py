@@ -131,7 +131,7 @@ def _here_in_two(model: str, clients: int, rounds: int) -> dict[str, float]:
 
 
 def _ours_over_flower(model: str, clients: int, rounds: int) -> dict[str, float]:
-    return _ours(model, clients, rounds, "federated.engine=flower")
+    return _ours(model, clients, rounds, "federated.engine=flower", "federated.processes=2")
 
 
 def _many(model: str, clients: int, rounds: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from lightrail.federated.method import FederatedMethod
 from lightrail.federated.partition import Samples
 from lightrail.federated.randomness import generator_for
 from lightrail.run.windows import describe_loader
+from lightrail.run.worker_signals import shielded
 
 __all__ = ["ClientData"]
 
@@ -107,7 +108,7 @@ class ClientData:
         own = self._loader
         has_order = shuffled and not isinstance(own.sampler, SequentialSampler)
         dataset = self.datasets[client]
-        return DataLoader(
+        made: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=own.batch_size,
             sampler=RandomSampler(dataset) if has_order else None,  # type: ignore[arg-type]
@@ -119,6 +120,7 @@ class ClientData:
             worker_init_fn=own.worker_init_fn,
             multiprocessing_context=own.multiprocessing_context,
         )
+        return shielded(made)
 
     def batch(self, client: int, index: int) -> Any:
         """One of a client's batches without end; each pass over its samples has an order of its own.

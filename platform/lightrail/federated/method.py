@@ -122,7 +122,7 @@ class ServerMethod(FederatedMethod):
         local_epochs: Passes that a client makes over its samples in a round; at least 1.
         local_steps: Optimizer steps that it makes instead.
         engine: ``here`` (on this machine, with nothing to install) or ``flower``.
-        processes: How many work on clients at a time with ``here``, each with a copy of the data; at least 1.
+        processes: How many of this machine work on clients at a time, each with a copy of the data; at least 1.
         feedback: What becomes of what a biased compressor left out: ``ef`` (it is added to what is sent next), ``ef21``
             (what is sent is how the vector differs from what the server has), or ``none`` (it is lost).
         timeout: Seconds after which a client is given up in a round, where clients are elsewhere.

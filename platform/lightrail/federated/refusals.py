@@ -70,14 +70,12 @@ def check_method(method: FederatedMethod, run: Run) -> None:
 
 
 def _check_processes(method: ServerMethod, run: Run) -> None:
-    if method.processes == 1:
+    if method.processes == 1 or method.engine != "here":
         return
     accelerator = run.trainer.get("accelerator")
     is_automatic = accelerator in ("auto", None)
     found = ""
-    if method.engine != "here":
-        found = f"federated.engine={method.engine}, which has processes of its own"
-    elif run.privacy is not None:
+    if run.privacy is not None:
         found = "privacy, whose noise nobody can draw twice"
     elif accelerator != "cpu" and not (is_automatic and not torch.accelerator.is_available()):
         found = f"trainer.accelerator={accelerator}, which the processes would share"
@@ -85,7 +83,7 @@ def _check_processes(method: ServerMethod, run: Run) -> None:
         raise _refusal(
             f"{method.processes} processes for its clients",
             found,
-            "federated.engine=here without privacy, on the processor",
+            "one process, or several without privacy, on the processor",
             "Leave federated.processes out, or set trainer.accelerator=cpu.",
         )
 
@@ -162,13 +160,21 @@ def _check_server(method: ServerMethod, name: str, run: Run) -> None:
 
 
 def check_engine(method: ServerMethod) -> None:
-    """Refuses what clients cannot do that Flower simulates.
+    """Refuses what clients cannot do that Flower simulates, or that are on machines of their own.
 
     Raises:
-        CompositionError: Masked sums, whose secrets a client has to keep from one message to the next.
+        CompositionError: Masked sums in a simulation, whose secrets a client has to keep from one message to the next;
+            a number of processes where each client is one.
     """
     from lightrail.federated.flower import is_deployed
 
+    if method.processes != 1 and is_deployed():
+        raise _refusal(
+            f"{method.processes} processes for clients on machines of their own",
+            f"federated.processes={method.processes} at a server",
+            "one `lightrail federated client` for each client",
+            "Leave federated.processes out.",
+        )
     if method.secure_aggregation and not is_deployed():
         raise _refusal(
             "secure aggregation in Flower's simulation, where a client keeps nothing between two messages",

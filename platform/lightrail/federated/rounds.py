@@ -98,6 +98,16 @@ class Rounds(Callback):
         """Writes what the report shows of the rounds."""
         self.record.write(folder)
 
+    def in_summary(self, folder: Path) -> dict[str, Any]:
+        """What the summary of a run that has ended, however, says of its rounds.
+
+        Args:
+            folder: Of the run.
+        """
+        if self.state:
+            self.write(folder)
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "lr": self.lr, "state": self.state, "record": self.record.state_dict()}
 
@@ -253,6 +263,13 @@ class ServerRounds(Rounds):
         ledger = self.account()
         if ledger is not None:
             ledger.write(folder / "privacy.json")
+
+    def in_summary(self, folder: Path) -> dict[str, Any]:
+        super().in_summary(folder)
+        ledger = self.account()
+        if ledger is not None:
+            return {"privacy": ledger.summary()}
+        return {} if self.method.server_privacy is None else {"privacy": {}}
 
     def account(self) -> Ledger | None:
         """What the run has spent of privacy: the server's account, or that of the client that has spent most."""

@@ -36,7 +36,7 @@ class SecretPart:
         client: Its number.
         answer: What it would send in the open. Whole numbers, which count batches, it does send so.
         samples: How many it has.
-        threshold: How many clients must be left for anything to be told; at least 2.
+        threshold: How many clients must be left for anything to be told; at least 2, and more than half of all.
 
     Raises:
         ValueError: Its answer has entries that are not finite.
@@ -51,7 +51,7 @@ class SecretPart:
         self._like = {f"{_LIKE}{name}": vector.new_empty((0, *vector.shape)) for name, vector in secret.items()}
         self._open = {f"{_OPEN}{name}": answer[name] for name in answer.keys() - secret.keys()}
         self._vector = torch.cat([v.detach().cpu().double().flatten() for v in secret.values()])
-        self._client = SecureClient(client, threshold)
+        self._client, self._threshold = SecureClient(client, threshold), threshold
         self._count = 0
 
     def begin(self) -> Wire:
@@ -79,6 +79,11 @@ class SecretPart:
         rows = zip(wire["clients"].tolist(), wire["channel"], wire["mask"], strict=True)
         keys = {int(client): PublicKeys(_bytes(channel), _bytes(mask)) for client, channel, mask in rows}
         self._count = len(keys)
+        if 2 * self._threshold <= self._count:
+            raise ValueError(
+                f"{self._threshold} of {self._count} clients are to be enough; two such groups could be asked for the "
+                "two secrets of one client"
+            )
         return _addressed(self._client.share(keys))
 
     def _mask(self, wire: Wire) -> Wire:

@@ -78,7 +78,7 @@ def _transport(method: ServerMethod, run: Run, side: ClientSide) -> Transport:
     from lightrail.federated.flower import transport_for
 
     check_engine(method)
-    return transport_for(run.composition.overrides, timeout=method.timeout)
+    return transport_for(run.composition.overrides, timeout=method.timeout, processes=method.processes)
 
 
 # What of the trainer's options is about a step of training, which clients do and the server does not.

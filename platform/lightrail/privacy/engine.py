@@ -314,11 +314,4 @@ class PrivacyEngine:
             return {}
         self.ledger.guards = self.guards()
         self.ledger.write(folder / FILE)
-        spent = self.ledger.epsilon()
-        return {
-            "epsilon": spent if self.ledger.is_private else None,
-            "delta": self.ledger.delta,
-            "target_epsilon": self.ledger.target_epsilon,
-            "noise": self.ledger.noise,
-            "private": self.ledger.is_private,
-        }
+        return self.ledger.summary()

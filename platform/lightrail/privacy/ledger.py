@@ -119,6 +119,16 @@ class Ledger:
             return math.inf
         return epsilon_of(events, self.delta, self.accountant, interval)
 
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` says of it: what was spent, of what, and whether the run is private at all."""
+        return {
+            "epsilon": self.epsilon() if self.is_private else None,
+            "delta": self.delta,
+            "target_epsilon": self.target_epsilon,
+            "noise": self.noise,
+            "private": self.is_private,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The ledger as plain values, for checkpoints and JSON."""
         return {"schema": SCHEMA, **asdict(self)}

@@ -289,6 +289,10 @@ class _Record:
         }
         if self._run.privacy is not None:
             self._summary["privacy"] = self._run.privacy.write(folder.path)
+        for each in self._run.callbacks:
+            tell: Any = getattr(each, "in_summary", None)
+            told: Any = tell(folder.path) if callable(tell) else {}
+            self._summary |= told
         # A run that failed has said why; a second error on the way out would hide it.
         with contextlib.suppress(UserError) if status not in _ENDED_WELL else contextlib.nullcontext():
             folder.write_json(folder.summary, self._summary)

@@ -50,6 +50,13 @@ def test_the_worst_account_recomputes_and_goes_on_where_a_run_is_resumed(tmp_pat
     assert "client" in ledger.assumptions[0]
 
 
+def test_the_end_of_a_run_says_what_the_worst_client_has_spent(tmp_path):
+    run, rounds = composed_rounds(tmp_path, *RUN, "privacy.noise=2.0")
+    told = run.execute(show_progress=False).summary["privacy"]
+    assert told["epsilon"] == pytest.approx(rounds.account().epsilon())
+    assert told["private"] is True
+
+
 def test_each_client_has_noise_of_its_own_and_a_target_is_for_all_rounds(tmp_path):
     rounds = carried_out(private_rounds(tmp_path, "privacy.epsilon=1.0"))
     states = [_loaded(each[ACCOUNT]) for _, each in sorted(rounds.transport.state_dict()["states"].items())]

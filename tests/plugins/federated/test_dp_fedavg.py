@@ -13,6 +13,7 @@ from lightrail.errors import CheckpointError, CompositionError, ConfigurationErr
 from lightrail.federated import ClientHorizon
 from lightrail.privacy.ledger import Ledger
 from lightrail.privacy.noise import DeterministicNoise, SystemNoise
+from lightrail.report.result import ResultTable
 from lightrail.testing.federated_runs import composed_rounds
 from lightrail_federated.dp_fedavg import DPFedAvg, clipped_sum, private_mean
 
@@ -131,6 +132,16 @@ def test_a_run_writes_an_account_that_recomputes(tmp_path):
     rounds.load_state_dict(saved)
     rounds.step()
     assert rounds.method.server_privacy.ledger().events[0].steps == 4
+
+
+def test_the_end_of_a_run_says_what_was_spent(tmp_path):
+    chosen = ["federated.server_privacy=lightrail_federated.dp_fedavg.DPFedAvg", "federated.server_privacy.noise=1.5"]
+    run, _ = composed_rounds(tmp_path, "+federated=fedavg", "federated.rounds=2", *chosen)
+    result = run.execute(show_progress=False)
+    ledger = Ledger.read(result.folder / "privacy.json")
+    assert result.summary["privacy"] == ledger.summary()
+    assert result.summary["privacy"]["epsilon"] == pytest.approx(ledger.epsilon())
+    assert "privacy  epsilon" in str(ResultTable(result.summary, result.folder))
 
 
 def test_secure_aggregation_beside_it_is_refused(tmp_path):

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Deployment", "deployed", "is_deployed", "require_flower", "transport_for"]
 
-# Neither usage figures nor a look for a newer version leave the machine; who wants them sets these to 1 and 0.
+# Neither usage figures nor a look for a newer version leave the machine; who wants them sets these to 1, 1 and 0.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+# Ray would answer SIGTERM too, and abort the process seconds after, while the run is being saved.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+# Which device simulated clients work on is for trainer.accelerator to say; Ray would hide every GPU from them.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,13 @@ def is_deployed() -> bool:
     return _deployment.get() is not None
 
 
-def transport_for(overrides: Sequence[str], *, timeout: float) -> Transport:
+def transport_for(overrides: Sequence[str], *, timeout: float, processes: int) -> Transport:
     """What carries the rounds of a run with ``federated.engine=flower``.
 
     Args:
         overrides: That the run was composed of; clients compose their side of the same.
         timeout: Seconds that a round waits for an answer.
+        processes: How many clients of a simulation work at a time.
 
     Raises:
         PluginError: Flower is not installed, or a simulation lacks Ray.
@@ -82,7 +88,7 @@ def transport_for(overrides: Sequence[str], *, timeout: float) -> Transport:
     if deployment is None:
         from lightrail.federated.flower.simulation import FlowerSimulation
 
-        return FlowerSimulation(Terms(overrides, timeout=timeout))
+        return FlowerSimulation(Terms(overrides, timeout=timeout), processes)
     from lightrail.federated.flower.deployment import FlowerDeployment
 
     terms = Terms(overrides, lock_of(compose(overrides)), timeout, deployment.patience)

@@ -19,7 +19,7 @@ from lightrail.federated.flower.exchange import FlowerTransport
 from lightrail.federated.flower.participant import Factory, Participant, Workshop
 from lightrail.federated.flower.supernode import reply_to
 from lightrail.federated.flower.terms import Terms
-from lightrail.options import at_least, non_negative
+from lightrail.options import at_least
 
 __all__ = ["FlowerSimulation"]
 
@@ -30,7 +30,6 @@ class FlowerSimulation(FlowerTransport):
     Args:
         terms: What clients are told, and how long they are waited for.
         processes: How many clients work at a time; at least 1.
-        gpus: The share of a GPU that each of them has; at least 0.
         folder: Where clients keep their states; one that goes with this process by default.
         make: Makes a client's worker; from the catalogue by default.
 
@@ -41,16 +40,14 @@ class FlowerSimulation(FlowerTransport):
     def __init__(
         self,
         terms: Terms,
-        processes: int = 2,
-        gpus: float = 0.0,
+        processes: int = 1,
         folder: Path | None = None,
         make: Factory | None = None,
     ) -> None:
         super().__init__(terms)
         at_least(1, processes=processes)
-        non_negative(gpus=gpus)
         _check_ray()
-        self._processes, self._gpus, self._folder, self._make = processes, gpus, folder, make
+        self._processes, self._folder, self._make = processes, folder, make
         self._own_folder: tempfile.TemporaryDirectory[str] | None = None
         self._grids: queue.Queue[Grid] = queue.Queue()
         self._finished = threading.Event()
@@ -89,8 +86,14 @@ class FlowerSimulation(FlowerTransport):
                 _client_app(setting),
                 clients,
                 backend_config={
-                    "client_resources": {"num_cpus": 1, "num_gpus": self._gpus},
-                    "init_args": {"num_cpus": self._processes, "logging_level": "error", "log_to_driver": False},
+                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                    # Of its own, whatever else of Ray's runs on this machine, or is said to.
+                    "init_args": {
+                        "address": "local",
+                        "num_cpus": self._processes,
+                        "logging_level": "error",
+                        "log_to_driver": False,
+                    },
                 },
             )
         except BaseException as error:
@@ -108,10 +111,16 @@ class FlowerSimulation(FlowerTransport):
         if self._error is not None or (self._thread is not None and not self._thread.is_alive()):
             raise UserError(
                 "Flower's simulation has stopped",
-                found=repr(self._error),
+                found="its thread has ended" if self._error is None else repr(_first_cause(self._error)),
                 allowed="a simulation that runs until the last round",
                 remedy="Use federated.engine=here, which needs neither Flower nor Ray.",
             ) from self._error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @dataclass(frozen=True)
