@@ -92,10 +92,11 @@ class Rounds(Callback):
         self.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.write(Path(trainer.default_root_dir))
+        # The account of privacy is in the checkpoint, and takes seconds to compute as finely as it is written.
+        self.record.write(Path(trainer.default_root_dir))
 
     def write(self, folder: Path) -> None:
-        """Writes what the report shows of the rounds."""
+        """Writes what is known of the rounds."""
         self.record.write(folder)
 
     def in_summary(self, folder: Path) -> dict[str, Any]:
