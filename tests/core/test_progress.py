@@ -44,6 +44,26 @@ def test_a_file_gets_a_line_an_epoch(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith("epoch 1/2  step 50  train_loss 0.25  ")
 
 
+def test_a_run_of_rounds_counts_rounds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total=30, first=0, epochs=None, unit="rounds")
+    progress.begin_epoch(4)
+    progress.end_epoch(25)
+    assert capsys.readouterr().err.startswith("round 25/30  ")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    progress = Progress(total=30, first=0, epochs=None, unit="rounds")
+    progress.begin_epoch(4)
+    assert progress._bar is not None
+    progress._next_refresh = progress._bar.last_print_t = 0.0
+    progress.to_step(25)
+    progress._bar.refresh()
+    progress.close()
+    assert terminal.getvalue().count("rounds ") >= 1
+    assert "25/30" in terminal.getvalue()
+    assert "epoch" not in terminal.getvalue()
+
+
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=None, first=0, epochs=None, enabled=False)
     progress.begin_epoch(0)

@@ -107,7 +107,7 @@ class Rounds(Callback):
         """
         if self.state:
             self.write(folder)
-        return {}
+        return {"rounds": self.done}
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "lr": self.lr, "state": self.state, "record": self.record.state_dict()}
@@ -266,11 +266,10 @@ class ServerRounds(Rounds):
             ledger.write(folder / "privacy.json")
 
     def in_summary(self, folder: Path) -> dict[str, Any]:
-        super().in_summary(folder)
-        ledger = self.account()
+        told, ledger = super().in_summary(folder), self.account()
         if ledger is not None:
-            return {"privacy": ledger.summary()}
-        return {} if self.method.server_privacy is None else {"privacy": {}}
+            return {**told, "privacy": ledger.summary()}
+        return told if self.method.server_privacy is None else {**told, "privacy": {}}
 
     def account(self) -> Ledger | None:
         """What the run has spent of privacy: the server's account, or that of the client that has spent most."""

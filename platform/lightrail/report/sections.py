@@ -108,7 +108,8 @@ def facts(record: RunRecord) -> str:
     lock, summary = record.lock, record.summary
     versions = [f"{name} {lock[name]}" for name in ("python", "torch", "lightning") if lock.get(name)]
     core = [f"lightrail {lock['core']}"] if lock.get("core") else []
-    wall_time, steps, epochs = summary.get("wall_time"), summary.get("steps"), summary.get("epochs")
+    wall_time, rounds = summary.get("wall_time"), summary.get("rounds")
+    steps, epochs = (summary.get("steps"), summary.get("epochs")) if rounds is None else (None, None)
     pairs = {
         "Command": _code(lock.get("command")),
         "Seed": _text(lock.get("seed")),
@@ -119,6 +120,7 @@ def facts(record: RunRecord) -> str:
         "Samples": _text(None if (count := summary.get("samples")) is None else number(count)),
         "Evaluations a sample": _text(None if (count := summary.get("evaluations")) is None else number(count)),
         "Sampling time": _text(None if (spent := summary.get("sampling_seconds")) is None else duration(spent)),
+        "Rounds": _text(None if rounds is None else number(rounds)),
         "Steps": _text(None if steps is None else number(steps)),
         "Epochs": _text(None if epochs is None else number(epochs)),
         "Parameters": _text(None if (count := summary.get("parameters")) is None else number(count)),

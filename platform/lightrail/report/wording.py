@@ -91,6 +91,7 @@ _SIZES = (
     ("samples", "sample"),
     ("tokens", "token"),
     ("evaluations", "evaluation"),
+    ("rounds", "round"),
     ("steps", "step"),
     ("epochs", "epoch"),
     ("wall_time", ""),
@@ -99,7 +100,9 @@ _SIZES = (
 
 
 def size(summary: Mapping[str, object]) -> list[str]:
-    """Samples, steps, epochs, time, parameters and the like, as far as a summary holds them, each with its unit.
+    """Samples, rounds, steps, epochs, time and the like, as far as a summary holds them, each with its unit.
+
+    A run that counts rounds has no steps and epochs besides.
 
     Example:
         >>> size({"steps": 1080, "epochs": 1, "wall_time": 12.34, "device": "cpu"})
@@ -108,7 +111,7 @@ def size(summary: Mapping[str, object]) -> list[str]:
     facts = []
     for key, unit in _SIZES:
         value = summary.get(key)
-        if value is None:
+        if value is None or (key in ("steps", "epochs") and summary.get("rounds") is not None):
             continue
         facts.append(f"{number(value)} {unit}{'' if value == 1 else 's'}" if unit else duration(value))
     if device := summary.get("device"):

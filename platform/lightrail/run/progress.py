@@ -31,14 +31,14 @@ class Progress:
         total: Optimizer steps (or samples) until the horizon; ``None`` where it is not known.
         first: Those done before, by the run that is resumed.
         epochs: Epochs until the horizon; ``None`` where it is not known.
-        unit: What is counted: ``steps``, or ``samples`` where steps differ in size.
+        unit: What is counted: ``steps``; ``samples`` where steps differ in size; ``rounds``, in place of epochs too.
         enabled: ``False`` for silence (another rank, a notebook that wants none).
     """
 
     def __init__(
         self, total: int | None, first: int, epochs: int | None, enabled: bool = True, unit: str = "steps"
     ) -> None:
-        self._epochs = epochs
+        self._total, self._epochs, self._counts_rounds = total, epochs, unit == "rounds"
         self._epoch = 0
         self._metrics: dict[str, float] = {}
         self._enabled = enabled
@@ -87,7 +87,8 @@ class Progress:
         """An epoch and its validation are done."""
         if self._enabled and not self._live:
             seconds = time.monotonic() - self._began
-            print(f"{self._name()}  step {steps}  {self._text()}  {seconds:.1f} s", file=sys.stderr, flush=True)
+            name = f"round {steps}{_of(self._total)}" if self._counts_rounds else f"{self._name()}  step {steps}"
+            print(f"{name}  {self._text()}  {seconds:.1f} s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Clears the line."""
@@ -95,11 +96,14 @@ class Progress:
             self._bar.close()
 
     def _name(self) -> str:
-        of = f"/{self._epochs}" if self._epochs and self._epochs > 0 else ""
-        return f"epoch {self._epoch + 1}{of}"
+        return "rounds" if self._counts_rounds else f"epoch {self._epoch + 1}{_of(self._epochs)}"
 
     def _text(self) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
+
+
+def _of(whole: int | None) -> str:
+    return f"/{whole}" if whole and whole > 0 else ""
 
 
 def _side_by_side(metrics: Mapping[str, float]) -> str:
