@@ -8,6 +8,7 @@ import socket
 import uuid
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightrail import Launch
@@ -31,7 +32,8 @@ class Ray(Launch):
     make one run, each is an actor of its own, a machine of its own to Lightning, and they are placed close together.
 
     Args:
-        address: HOST:PORT of the cluster's head; ``auto`` for that of this machine.
+        address: HOST:PORT of the cluster's head; ``auto`` for RAY_ADDRESS, or else for the cluster to which the last
+            ``ray start`` on this machine belongs.
         processes: Processes of one run, each with the resources below, at least 1.
         cpus: Processor cores for each, above 0.
         gpus: Graphics cards for each, at least 0; ``None`` for one where the trainer's accelerator is one.
@@ -137,7 +139,7 @@ def connect(address: str) -> Any:
     """Ray's module, connected to a cluster.
 
     Args:
-        address: HOST:PORT of its head; ``auto`` for that of this machine.
+        address: HOST:PORT of its head; or ``auto``.
 
     Raises:
         ConfigurationError: There is no cluster.
@@ -152,11 +154,15 @@ def connect(address: str) -> Any:
             allowed="lightrail[ray]",
             remedy="Install it: pip install 'lightrail[ray]'.",
         ) from error
-    if ray.is_initialized():
-        if address in ("auto", ray.get_runtime_context().gcs_address):
-            return ray
-        ray.shutdown()
+    found = f"launch.address={address}"
     try:
+        if address == "auto":
+            address = _own_address()
+            found += f", which is {address}"
+        if ray.is_initialized():
+            if address == ray.get_runtime_context().gcs_address:
+                return ray
+            ray.shutdown()
         _knock(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of Ray, about its own defaults
@@ -164,11 +170,26 @@ def connect(address: str) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigurationError(
             "no Ray cluster answers",
-            found=f"launch.address={address}: {str(error).splitlines()[0]}",
+            found=f"{found}: {str(error).splitlines()[0]}",
             allowed="HOST:PORT of a running cluster's head, or auto on one of its machines",
             remedy="Start one with `ray start --head`, and name its address.",
         ) from error
     return ray
+
+
+def _own_address() -> str:
+    """What this machine says of its cluster.
+
+    Ray itself would join whatever it finds among the processes, such as the simulation of somebody's federated run.
+    """
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    written = Path(root, "ray", "ray_current_cluster")
+    try:
+        return written.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise ConnectionError("RAY_ADDRESS is not set, and no `ray start` was made on this machine") from None
 
 
 def _knock(address: str) -> None:

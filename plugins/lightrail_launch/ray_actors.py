@@ -30,8 +30,12 @@ class Carrier:
     """
 
     def __init__(self, folder: str, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> None:
+        import ray  # pyright: ignore[reportMissingImports]
+
         self._folder, self._command, self._directory = Path(folder), list(command), directory
-        self._environment = {**os.environ, **environment}
+        # What the run starts in its turn is to be on this cluster, however many there are.
+        cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        self._environment = {**os.environ, **environment, **cluster}
         self._process: subprocess.Popen[bytes] | None = None
         self._is_asked_to_stop = False
         threading.Thread(target=self._carry, daemon=True).start()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from lightrail.errors import ConfigurationError
 from lightrail.launch import Job
 from lightrail.launch.node import is_held
+from lightrail.testing import LaunchSuite
+from lightrail_launch.ray import Ray
 
 CORE = Path(__file__).parents[2] / "core"
 pytest.importorskip("ray", reason="needs lightrail[ray]")
@@ -22,13 +28,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CORE), "R
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = str(Path(sys.executable).parent / "ray")
-    words = ["start", "--head", f"--port={port}", "--num-cpus=2", "--object-store-memory=80000000"]
+    # Nobody else is to find it; and the name of a socket cannot be long.
+    own = tempfile.mkdtemp(prefix="ray-")
+    words = ["start", "--head", f"--port={port}", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={own}"]
     # Its services inherit what it prints to, so that a pipe would never end.
     log = open(tmp_path_factory.mktemp("ray") / "log", "w")  # noqa: SIM115
     began = subprocess.Popen(
@@ -49,6 +55,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         began.terminate()
         began.wait(60)
         log.close()
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -84,9 +91,31 @@ def test_a_job_is_handed_over_found_again_and_carried_out(address: str, tmp_path
     assert not is_held(job.folder)
 
 
-def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
-    from lightrail_launch.ray import Ray
+class TestRayOnACluster(LaunchSuite):
+    plugin: ClassVar[Any] = Ray
+    options: Any = None
 
+    @pytest.fixture(autouse=True)
+    def _at(self, address: str) -> None:
+        self.options = {"address": address}
+
+
+def test_a_cluster_of_this_machine_that_is_gone_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigurationError) as refused:
+        Ray().check({"accelerator": "cpu"})
+    assert "no `ray start` was made" in refused.value.found
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    with pytest.raises(ConfigurationError) as refused:
+        Ray().check({"accelerator": "cpu"})
+    assert "launch.address=auto, which is 127.0.0.1:9: " in refused.value.found
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no Ray cluster answers") as refused:
         Ray(address="127.0.0.1:9").check({"accelerator": "cpu"})
     assert "127.0.0.1:9" in refused.value.found
