@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
+from torch.utils.data import DataLoader
+
+from lightrail.run.worker_signals import shielded
 
 WORDS = ("model=mlp", "data.num_workers=2", "logger=[csv]", "trainer.max_steps=800", "trainer.accelerator=cpu")
 
@@ -48,3 +52,21 @@ def test_a_run_whose_workers_are_signalled_too_saves_and_goes_on(tmp_path: Path)
     assert [end["global_step"] for end in ends] == [800, 800]
     for name, value in ends[0]["state_dict"].items():
         assert torch.equal(value, ends[1]["state_dict"][name])
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_a_worker_ends_for_its_own_process_alone(context: str) -> None:
+    loader = DataLoader(range(8), num_workers=1, persistent_workers=True, multiprocessing_context=context)  # type: ignore[arg-type]
+    batches = iter(shielded(loader))
+    next(batches)
+    worker = batches._workers[0]  # type: ignore[attr-defined]
+    try:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        worker.join(1)
+        assert worker.is_alive()
+        assert next(batches).tolist() == [1]
+        worker.terminate()
+        worker.join(30)
+        assert not worker.is_alive()
+    finally:
+        worker.kill()

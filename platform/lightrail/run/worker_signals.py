@@ -6,6 +6,7 @@ the run in the middle of a batch, or of a validation.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -74,7 +75,9 @@ class _Shield:
 
     def __call__(self, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-        threading.Thread(target=_heed_parent, args=(os.getppid(),), daemon=True).start()
+        began_it = multiprocessing.parent_process()  # which a server may have forked it for
+        parent = os.getppid() if began_it is None or began_it.pid is None else began_it.pid
+        threading.Thread(target=_heed_parent, args=(parent,), daemon=True).start()
         if self._inner is not None:
             self._inner(worker)
 
