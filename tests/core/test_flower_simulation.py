@@ -67,10 +67,10 @@ def test_a_run_whose_clients_are_simulated_is_saved_on_a_signal(tmp_path: Path) 
         text=True,
     )
     saved = tmp_path / "runs" / "long" / "checkpoints" / "last.ckpt"
-    until = time.monotonic() + 240
+    until = time.monotonic() + 400
     while not saved.exists() and run.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=240)
+    said, _ = run.communicate(timeout=400)
     assert run.returncode == 128 + signal.SIGTERM, said
     assert "saved; resume with" in said

@@ -67,7 +67,7 @@ def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
 
@@ -82,7 +82,7 @@ def test_a_job_is_handed_over_found_again_and_carried_out(address: str, tmp_path
     # Another process than that which handed it over.
     job = Job.of(tmp_path / "runs" / "pair")
     assert job is not None
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not (state := job.state()).is_over and time.monotonic() < end:
         time.sleep(1)
     log = (job.folder / "launch" / "output.log").read_text()
