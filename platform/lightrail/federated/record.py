@@ -11,7 +11,7 @@ from lightrail.federated.answers import Answer
 from lightrail.federated.transport import Failure
 from lightrail.files import replacing
 
-__all__ = ["FILE", "FederatedRecord"]
+__all__ = ["FILE", "FederatedRecord", "rounds_written"]
 
 FILE = "federated.json"
 SCHEMA = 1
@@ -86,3 +86,15 @@ class FederatedRecord:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.about, self.rounds = dict(state["about"]), list(state["rounds"])
+
+
+def rounds_written(folder: Path) -> int:
+    """How many rounds ``federated.json`` tells of; 0 where there is none that can be read.
+
+    Args:
+        folder: Of a run.
+    """
+    try:
+        return len(json.loads((folder / FILE).read_text(encoding="utf-8"))["rounds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

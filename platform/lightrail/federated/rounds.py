@@ -19,7 +19,7 @@ from lightrail.federated.estimates import Estimates
 from lightrail.federated.local_model import LocalModel
 from lightrail.federated.method import FederatedMethod, Heard, ServerMethod, State
 from lightrail.federated.randomness import generator_for
-from lightrail.federated.record import FederatedRecord
+from lightrail.federated.record import FederatedRecord, rounds_written
 from lightrail.federated.server_privacy import ClientHorizon
 from lightrail.federated.transport import Failure, Order, Reply, SumTerms, Transport
 from lightrail.federated.wire import nbytes, packed
@@ -136,6 +136,7 @@ class ServerRounds(Rounds):
         self.transport = transport
         self._is_open = False
         self._worst = 0.0  # epsilon of the client whose own steps have spent most
+        self._undone = 0  # rounds that were made after a checkpoint from which the run went on
         # Whether one client is left out must not depend on the others, where each is to be hidden; its norm is bounded.
         largest = method.largest_update if method.server_privacy is None else math.inf
         self._estimates = Estimates(is_used=method.compressor is not None and method.feedback == "ef21")
@@ -275,7 +276,13 @@ class ServerRounds(Rounds):
         """What the run has spent of privacy: the server's account, or that of the client that has spent most."""
         if self.method.server_privacy is not None and self.state:
             return self.method.server_privacy.ledger()
-        return worst_ledger(self.transport.state_dict().get("states", {}))
+        ledger = worst_ledger(self.transport.state_dict().get("states", {}))
+        if ledger is not None and self._undone:
+            ledger.assumptions.append(
+                "Conditional: the run went on from an earlier checkpoint, and what clients released in the "
+                f"{self._undone} rounds that it had made after it is not in this account."
+            )
+        return ledger
 
     def state_dict(self) -> dict[str, Any]:
         privacy, account = self.method.server_privacy, self.account()
@@ -283,6 +290,7 @@ class ServerRounds(Rounds):
             **super().state_dict(),
             "account": None if account is None else account.to_dict(),
             "worst": self._worst,
+            "undone": self._undone,
             "clients": self.transport.state_dict(),
             "estimates": self._estimates.state_dict(),
             "privacy": None if privacy is None or not self.state else privacy.state_dict(),
@@ -291,6 +299,8 @@ class ServerRounds(Rounds):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._worst = state_dict["worst"]
+        written = 0 if self.account_before is None else rounds_written(self.account_before.parent)
+        self._undone = state_dict.get("undone", 0) + max(0, written - self.done)
         self._open()
         self.transport.load_state_dict(state_dict["clients"])
         self._estimates.load_state_dict(state_dict["estimates"])

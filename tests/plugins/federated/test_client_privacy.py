@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -48,6 +50,24 @@ def test_the_worst_account_recomputes_and_goes_on_where_a_run_is_resumed(tmp_pat
     assert resumed.logged()["epsilon"] == pytest.approx(expected)
     assert ledger.planned_epsilon == pytest.approx(expected)
     assert "client" in ledger.assumptions[0]
+
+
+def test_what_was_released_after_an_earlier_checkpoint_is_said_to_be_missing(tmp_path):
+    first = carried_out(private_rounds(tmp_path, "privacy.noise=2.0"), 1)
+    saved = copy.deepcopy(first.state_dict())  # as a checkpoint holds it
+    carried_out(first, 2).write(tmp_path)
+    again = private_rounds(tmp_path, "privacy.noise=2.0")
+    again.account_before = tmp_path / "privacy.json"
+    again.load_state_dict(saved)
+    said = [line for line in carried_out(again).account().assumptions if line.startswith("Conditional")]
+    assert len(said) == 1
+    assert "in the 2 rounds" in said[0]
+    assert again.state_dict()["undone"] == 2
+    carried_out(again, 1).write(tmp_path)
+    on = private_rounds(tmp_path, "privacy.noise=2.0")
+    on.account_before = tmp_path / "privacy.json"
+    on.load_state_dict(again.state_dict())
+    assert on.state_dict()["undone"] == 2
 
 
 def test_the_end_of_a_run_says_what_the_worst_client_has_spent(tmp_path):
