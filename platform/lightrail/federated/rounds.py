@@ -145,9 +145,9 @@ class ServerRounds(Rounds):
     def begin(self) -> None:
         self._open()
         self.record.about |= {"clients": self.method.clients, **self.transport.about()}
-        self.state = self.method.start(self.model.weights().cpu())
         if self.method.server_privacy is not None:
             self.method.server_privacy.begin(self._horizon())
+        self.state = self.method.start(self.model.weights().cpu())
 
     def _open(self) -> None:
         if not self._is_open:
@@ -297,6 +297,9 @@ class ServerRounds(Rounds):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # First of all: where it does not suffice, there is no account, and nothing has been released.
+        if self.method.server_privacy is not None and state_dict["privacy"] is not None:
+            self.method.server_privacy.begin(self._horizon(), state_dict["privacy"])
         super().load_state_dict(state_dict)
         self._worst = state_dict["worst"]
         written = 0 if self.account_before is None else rounds_written(self.account_before.parent)
@@ -304,8 +307,6 @@ class ServerRounds(Rounds):
         self._open()
         self.transport.load_state_dict(state_dict["clients"])
         self._estimates.load_state_dict(state_dict["estimates"])
-        if self.method.server_privacy is not None and state_dict["privacy"] is not None:
-            self.method.server_privacy.begin(self._horizon(), state_dict["privacy"])
 
 
 def _means(metrics: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:

@@ -144,6 +144,26 @@ def test_the_end_of_a_run_says_what_was_spent(tmp_path):
     assert "privacy  epsilon" in str(ResultTable(result.summary, result.folder))
 
 
+def test_a_run_that_ends_before_it_is_planned_says_why_and_that_nothing_is_known(tmp_path):
+    chosen = ["federated.server_privacy=lightrail_federated.dp_fedavg.DPFedAvg", "federated.server_privacy.delta=0.5"]
+    run, _ = composed_rounds(tmp_path, "+federated=fedavg", "federated.rounds=2", *chosen)
+    with pytest.raises(ConfigurationError, match="delta"):
+        run.execute(show_progress=False)
+    (folder,) = tmp_path.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["privacy"] == {}
+    assert "not known" in ResultTable(summary, folder).privacy
+
+
+def test_a_budget_that_is_spent_is_said_and_the_run_ends(tmp_path):
+    chosen = ["federated.server_privacy=lightrail_federated.dp_fedavg.DPFedAvg", "federated.server_privacy.epsilon=1"]
+    run, _ = composed_rounds(tmp_path, "+federated=fedavg", "federated.rounds=2", "run.name=spent", *chosen)
+    run.execute(show_progress=False)
+    longer = lightrail.run.compose([f"run.resume={tmp_path / 'spent'}", "federated.rounds=40"])
+    with pytest.raises(CheckpointError, match="budget"):
+        longer.execute(show_progress=False)
+
+
 def test_secure_aggregation_beside_it_is_refused(tmp_path):
     chosen = "federated.server_privacy=lightrail_federated.dp_fedavg.DPFedAvg"
     with pytest.raises(CompositionError, match="secure aggregation"):
