@@ -57,6 +57,12 @@ def test_the_mean_is_that_of_the_answers(is_weighted: bool) -> None:
     assert all(isinstance(each, Reply) and list(each.message) == ["masked"] for each in found.values())
 
 
+def test_entries_beyond_the_range_are_clipped_and_the_sum_of_all_does_not_overflow() -> None:
+    answers: list[Wire] = [{"update": torch.tensor([1e6, -1e6, 8.0])} for _ in range(4)]
+    _, mean, _ = carried_out(answers, is_weighted=False)
+    torch.testing.assert_close(mean["update"], torch.tensor([8.0, -8.0, 8.0]), rtol=0, atol=1e-6)
+
+
 def without(client: int, phase: str) -> Spoil:
     return lambda asked, found: {c: wire for c, wire in found.items() if asked != phase or c != client}
 

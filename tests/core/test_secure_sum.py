@@ -12,7 +12,7 @@ from lightrail.errors import ConfigurationError, PluginError
 from lightrail.federated.feedback import ef21, error_feedback
 from lightrail.federated.fixed_point import FixedPoint, weighted_mean, with_weight
 from lightrail.federated.masks import opened, sealed, stream
-from lightrail.federated.secure_sum import SecureClient, SecureServer, TooFewClients, secure_sum
+from lightrail.federated.secure_sum import SecureClient, SecureServer, TooFewClients
 from lightrail.federated.shamir import PRIME, joined_secret, shared_secret
 
 FORM = FixedPoint(clip=1.0, bits=16)
@@ -90,8 +90,6 @@ def test_too_few_are_refused_by_name_at_every_step():
     survivors = run.mask(q)
     with pytest.raises(TooFewClients, match="too few"):
         run.unmask(survivors, gone=(0, 1))
-    with pytest.raises(TooFewClients):
-        secure_sum(drawn(4), threshold=3, dropped=[0, 2])
 
 
 def test_a_client_guards_its_vector():
@@ -157,33 +155,44 @@ def test_fixed_point_by_hand():
     q = form.encode(torch.tensor([0.0, 1.0, -9.0, 2.0, 0.15]))
     assert (q.tolist(), q.dtype) == ([0, 4, -7, 7, 1], torch.int32)  # 1 · 7 / 2 = 3.5 goes to the even 4
     assert form.decode(q)[2].item() == -2.0
-    FixedPoint(bits=16).check_clients(65538)
-    with pytest.raises(ConfigurationError, match="overflow 32 bits") as caught:
-        FixedPoint(bits=16).check_clients(65539)
-    assert caught.value.remedy == "Set bits=15 or fewer."
-    FixedPoint(bits=15).check_clients(65539)
     with pytest.raises(ValueError, match="not finite"):
         form.encode(torch.tensor([float("nan")]))
 
 
-def test_sum_and_weighted_mean_in_one_call():
+def summed(vectors, form, dropped=()):
+    """By the whole protocol, with clients that vanish after they have shared their secrets."""
+    run = Protocol(len(vectors), threshold=2)
+    run.share()
+    return form.decode(run.unmask(run.mask([form.encode(x) for x in vectors], gone=dropped)))
+
+
+def test_sum_of_clipped_vectors_and_weighted_mean():
     vectors = drawn(5)
     wanted = torch.stack([vectors[i].clamp(-1, 1) for i in (0, 2, 4)]).sum(0)
-    found = secure_sum(vectors, threshold=3, dropped=(1, 3), clip=1.0, bits=24)
-    assert found.dtype == torch.float32
+    found = summed(vectors, FixedPoint(clip=1.0, bits=24), dropped=(1, 3))
     assert float((found - wanted).abs().max()) < 3 / (2**24 - 2) + 5e-7
     weights = [1.0, 0.25, 0.5, 0.75, 0.125]
-    sums = secure_sum([with_weight(x, w) for x, w in zip(vectors, weights, strict=True)], threshold=2, bits=28)
+    sums = summed([with_weight(x, w) for x, w in zip(vectors, weights, strict=True)], FixedPoint(bits=28))
     wanted = sum(w * x for x, w in zip(vectors, weights, strict=True)) / sum(weights)
     assert float((weighted_mean(sums) - wanted).abs().max()) < 1e-6
     with pytest.raises(ValueError, match="not above 0"):
         weighted_mean(torch.zeros(3))
 
 
-@pytest.mark.parametrize("options", [{"threshold": 1}, {"threshold": 4}, {"bits": 1}, {"bits": 32}, {"clip": 0.0}])
-def test_options_out_of_range(options):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SecureClient(0, threshold=1),
+        lambda: SecureClient(-1, threshold=2),
+        lambda: SecureServer(threshold=1),
+        lambda: FixedPoint(bits=1),
+        lambda: FixedPoint(bits=32),
+        lambda: FixedPoint(clip=0.0),
+    ],
+)
+def test_options_out_of_range(make):
     with pytest.raises(ConfigurationError):
-        secure_sum(drawn(3), **{"threshold": 2, **options})
+        make()
 
 
 def test_without_the_library(monkeypatch):

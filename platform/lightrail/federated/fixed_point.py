@@ -7,12 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightrail.errors import ConfigurationError
 from lightrail.options import between, positive
 
 __all__ = ["FixedPoint", "weighted_mean", "with_weight"]
-
-_HALF = 2**31
 
 
 @dataclass(frozen=True)
@@ -48,21 +45,6 @@ class FixedPoint:
     def levels(self) -> int:
         """L."""
         return 2 ** (int(self.bits) - 1) - 1
-
-    def check_clients(self, clients: int) -> None:
-        """Refuses so many clients that their sum could leave the numbers modulo 2³².
-
-        Raises:
-            ConfigurationError: n L ≥ 2³¹.
-        """
-        if clients * self.levels >= _HALF:
-            most = ((_HALF - 1) // clients + 1).bit_length()
-            raise ConfigurationError(
-                "the sum of so many vectors would overflow 32 bits",
-                found=f"{clients} clients of bits={self.bits}",
-                allowed=f"{(_HALF - 1) // self.levels} clients of bits={self.bits}, or fewer bits",
-                remedy=f"Set bits={most} or fewer.",
-            )
 
     def encode(self, x: Tensor) -> Tensor:
         """q, int32 in the shape of x.

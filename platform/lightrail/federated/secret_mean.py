@@ -215,6 +215,7 @@ class _SecretMean:
 
 
 def _form(clients: int, largest: float) -> FixedPoint:
+    # So few bits that the sum over all clients stays within the numbers modulo 2³².
     return FixedPoint(max(largest, 1.0), _MODULUS_BITS - clients.bit_length())
 
 

@@ -9,19 +9,18 @@ clients tell it their shares; there are no signatures, and so no guard against a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightrail.federated.fixed_point import FixedPoint
 from lightrail.federated.masks import agreed_seed, new_key, opened, pair_mask, private_key, public_bytes, sealed, stream
 from lightrail.federated.shamir import SHARE_BYTES, TooFewClients, joined_secret, require_enough, shared_secret
-from lightrail.options import at_least, between
+from lightrail.options import at_least
 
-__all__ = ["PublicKeys", "Revealed", "SecureClient", "SecureServer", "TooFewClients", "secure_sum"]
+__all__ = ["PublicKeys", "Revealed", "SecureClient", "SecureServer", "TooFewClients"]
 
 
 @dataclass(frozen=True)
@@ -242,47 +241,6 @@ class SecureServer:
         told = {teller + 1: each[client] for teller, each in sorted(shares.items()) if client in each}
         require_enough(told, self.threshold, f"told their shares of client {client}")
         return dict(list(told.items())[: self.threshold])
-
-
-def secure_sum(
-    vectors: Sequence[Tensor], *, threshold: int, dropped: Collection[int] = (), clip: float = 8.0, bits: int = 20
-) -> Tensor:
-    r"""The sum of the vectors of all clients that did not vanish, by the whole protocol in one process.
-
-    .. math:: \sum_{i \notin \text{dropped}} \operatorname{clip}(x_i), \text{ each within } \tfrac{c}{2^b - 2}
-
-    Args:
-        vectors: One ``[d]`` a client, finite; at least 2.
-        threshold: t: how many must be left in the end, from 2 to the number of clients.
-        dropped: Clients that vanish after they shared their secrets, before they send a vector.
-        clip: c: entries are clipped to [-c, c].
-        bits: b: how many bits an entry has, from 2 to 31.
-
-    Returns:
-        ``[d]``, in the type of the vectors.
-
-    Raises:
-        TooFewClients: Fewer than t are left.
-        ConfigurationError: An option is out of range, or the sum of so many vectors could overflow.
-        PluginError: The library ``cryptography`` is not installed.
-
-    Example:
-        >>> vectors = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])]
-        >>> round(float(secure_sum(vectors, threshold=2, dropped=[1])), 3)
-        4.0
-    """
-    form = FixedPoint(clip, bits)
-    at_least(2, vectors=len(vectors))
-    between(2, len(vectors), closed="both", threshold=threshold)
-    form.check_clients(len(vectors))
-    server, clients = SecureServer(threshold), [SecureClient(i, threshold) for i in range(len(vectors))]
-    keys = server.gather({each.index: each.advertise() for each in clients})
-    received = server.route({each.index: each.share(keys) for each in clients})
-    left = [each for each in clients if each.index not in set(dropped)]
-    masked = {each.index: each.mask(form.encode(vectors[each.index]), received[each.index]) for each in left}
-    survivors = server.collect(masked)
-    total = server.unmask({each.index: each.reveal(survivors) for each in left})
-    return form.decode(total).to(vectors[0].dtype)
 
 
 def _route(sender: int, receiver: int) -> bytes:

@@ -123,7 +123,7 @@ class Supervisor:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """A supervisor that is started inside gets signals when it can answer them; until then one would kill it."""
+    """A process that is started inside gets signals when it can answer them; until then one would kill it."""
     former = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
         yield
